@@ -1,0 +1,107 @@
+"""Builders and the registry: a name and a checkpoint to a model that drops into SAM's tools."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
+
+from . import checkpoint as ckpt
+from .config import CONFIGS, EncoderConfig
+from .modeling.image_encoder import OUT_CHANNELS, ImageEncoder
+from .modeling.sam import Sam
+from .modeling.windows import PATCH
+
+DTYPES = ("float32",)
+
+
+def build_sam(
+    config: EncoderConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    keep_ratio: float = 0.25,
+    dtype: str = "float32",
+) -> Sam:
+    """A `Sam` in eval mode, on the CPU.
+
+    Args:
+        config: a row of `CONFIGS`, or one of your own.
+        checkpoint: `.pth`, `.pt` or `.safetensors`, ours or SAM's; None: random weights, as in SAM.
+        image_size: side of the square input in pixels, a multiple of 16. None: that of the checkpoint, 1024 without.
+            Positions are resampled when it differs from the checkpoint's.
+        keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it).
+        dtype: what the encoder computes in.
+
+    Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, is {dtype!r}")
+    state = None
+    if checkpoint is not None:
+        state, _ = ckpt.read(checkpoint)
+        ckpt.check_fits(state, config, str(checkpoint))
+    if image_size is None:
+        image_size = 1024 if state is None else ckpt.image_size_of(state)
+
+    side = image_size // PATCH
+    sam = Sam(
+        ImageEncoder(config, image_size, keep_ratio),
+        PromptEncoder(
+            embed_dim=OUT_CHANNELS,
+            image_embedding_size=(side, side),
+            input_image_size=(image_size, image_size),
+            mask_in_chans=16,
+        ),
+        MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=OUT_CHANNELS, mlp_dim=2048, num_heads=8),
+            transformer_dim=OUT_CHANNELS,
+            iou_head_depth=3,
+            iou_head_hidden_dim=256,
+        ),
+    )
+    if state is not None:
+        ckpt.load(sam, config, state, str(checkpoint))
+    return sam.eval()
+
+
+Builder = Callable[..., Sam]
+
+
+def _builder(name: str) -> Builder:
+    def build(
+        checkpoint: str | Path | None = None,
+        *,
+        image_size: int | None = None,
+        keep_ratio: float = 0.25,
+        dtype: str = "float32",
+    ) -> Sam:
+        return build_sam(CONFIGS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype)
+
+    build.__name__ = build.__qualname__ = f"build_{name}" if name.startswith("blsam") else f"build_sam_{name}"
+    build.__doc__ = f"`{name}`; arguments as `build_sam`."
+    return build
+
+
+build_sam_vit_h = _builder("vit_h")
+build_sam_vit_l = _builder("vit_l")
+build_sam_vit_b = _builder("vit_b")
+build_sam_vit_t = _builder("vit_t")
+build_blsam_vit_h = _builder("blsam_vit_h")
+build_blsam_vit_l = _builder("blsam_vit_l")
+build_blsam_vit_b = _builder("blsam_vit_b")
+build_blsam_vit_t = _builder("blsam_vit_t")
+
+sam_model_registry: dict[str, Builder] = {
+    "default": build_sam_vit_h,  # as in SAM
+    "vit_h": build_sam_vit_h,
+    "vit_l": build_sam_vit_l,
+    "vit_b": build_sam_vit_b,
+    "vit_t": build_sam_vit_t,
+    "blsam_vit_h": build_blsam_vit_h,
+    "blsam_vit_l": build_blsam_vit_l,
+    "blsam_vit_b": build_blsam_vit_b,
+    "blsam_vit_t": build_blsam_vit_t,
+}

@@ -1,0 +1,102 @@
+"""The models, as data: what design choices make a `vit_b` or a `blsam_vit_b`.
+
+A model is one row of `CONFIGS`. Everything else (registry, tests, MAC counts) is generated from these rows.
+Layers are counted from 0. The paper (arXiv 2410.10267) gives the predictors of H+B "after layers 8, 16, 24" with nine
+full layers (counted from 0) and those of B+T "after 1, 4, 7, 10" with one full layer (counted from 1): this is the
+reading in which every routed layer has a score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+FUSE = ("sublayer", "block")
+SCORE = ("predictor", "norm", "random")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """An image encoder. With no `predictor_layers` it is SAM's own (exact), otherwise big.LITTLE.
+
+    The last four fields exist for ablations and are off in every preset:
+    `fuse` "block" runs both P sublayers before one fusion (the paper's figure 2; "sublayer" is its Algorithm 1),
+    `semi_cross` False takes keys and values from the prime tokens alone, `e_block` False leaves the narrow blocks out,
+    `score` "norm" or "random" replaces the importance predictor when tokens are chosen.
+    """
+
+    name: str
+    dim: int
+    depth: int
+    heads: int
+    global_layers: tuple[int, ...]
+    window: int
+    e_dim: int = 0
+    e_heads: int = 0
+    e_layers: tuple[int, ...] = ()
+    predictor_layers: tuple[int, ...] = ()
+    fuse: str = "sublayer"
+    semi_cross: bool = True
+    e_block: bool = True
+    score: str = "predictor"
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        if self.e_layers and self.e_dim % self.e_heads:
+            raise ValueError(f"e_dim {self.e_dim} is not a multiple of e_heads {self.e_heads}")
+        if list(self.predictor_layers) != sorted(set(self.predictor_layers)):
+            raise ValueError(f"predictor_layers must rise, are {self.predictor_layers}")
+        unrouted = [i for i in self.e_layers if self.stage_of(i) is None]
+        if unrouted:
+            raise ValueError(f"E-blocks on layers {unrouted}, which lie before the first predictor and run in full")
+        if self.fuse not in FUSE or self.score not in SCORE:
+            raise ValueError(f"fuse must be one of {FUSE} and score one of {SCORE}")
+
+    @property
+    def routed(self) -> bool:
+        """Whether any layer runs on a share of the tokens."""
+        return bool(self.predictor_layers)
+
+    def is_global(self, layer: int) -> bool:
+        """Whether attention of this layer reaches over the whole image."""
+        return layer in self.global_layers
+
+    def has_e_block(self, layer: int) -> bool:
+        """Whether a narrow block runs beside this layer's wide one."""
+        return self.e_block and layer in self.e_layers
+
+    def stage_of(self, layer: int) -> int | None:
+        """The stage (index of the predictor whose choice holds) of a layer; None where it runs in full."""
+        stages = [i for i, after in enumerate(self.predictor_layers) if after < layer]
+        return stages[-1] if stages else None
+
+
+def _every(first: int, last: int, step: int = 1) -> tuple[int, ...]:
+    return tuple(range(first, last + 1, step))
+
+
+_H = EncoderConfig("vit_h", dim=1280, depth=32, heads=16, global_layers=(7, 15, 23, 31), window=14)
+_L = EncoderConfig("vit_l", dim=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), window=14)
+_B = EncoderConfig("vit_b", dim=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), window=14)
+_T = EncoderConfig("vit_t", dim=192, depth=12, heads=3, global_layers=(2, 5, 8, 11), window=8)  # ours
+
+CONFIGS: dict[str, EncoderConfig] = {
+    config.name: config
+    for config in (
+        _H,
+        _L,
+        _B,
+        _T,
+        replace(_H, name="blsam_vit_h", e_dim=768, e_heads=12, e_layers=_every(9, 31, 2), predictor_layers=(8, 16, 24)),
+        # ours: the paper has no L
+        replace(_L, name="blsam_vit_l", e_dim=384, e_heads=6, e_layers=_every(6, 23), predictor_layers=(5, 11, 17)),
+        replace(_B, name="blsam_vit_b", e_dim=192, e_heads=3, e_layers=_every(1, 11), predictor_layers=(0, 3, 6, 9)),
+        # ours: small enough to be trained on two cores and to be shipped
+        replace(_T, name="blsam_vit_t", e_dim=48, e_heads=3, e_layers=_every(1, 11), predictor_layers=(0, 3, 6, 9)),
+    )
+}
+
+
+def dense_twin(config: EncoderConfig) -> EncoderConfig:
+    """The exact model whose checkpoints a `blsam_*` model is warm-started from (itself, for an exact model)."""
+    return CONFIGS[config.name.removeprefix("blsam_")]

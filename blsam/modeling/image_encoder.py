@@ -1,0 +1,126 @@
+"""SAM's image encoder, exact or big.LITTLE, as one module read from top to bottom."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.image_encoder import PatchEmbed
+from torch import nn
+
+from ..config import EncoderConfig
+from .blocks import Block, RoutedBlock
+from .routing import ImportancePredictor, Routing, Stage, TrueSizes, all_tokens, route, route_supplied
+from .windows import PATCH
+
+OUT_CHANNELS = 256  # what SAM's decoder expects
+
+
+class ImageEncoder(nn.Module):
+    """A square image to SAM's embedding.
+
+    Attributes: `config`; `img_size`, the side S in pixels; `keep_ratio`, the share of tokens that run through the wide
+    blocks when a call does not say otherwise (1 or more: all, which is exactly SAM for SAM's weights).
+    """
+
+    def __init__(self, config: EncoderConfig, img_size: int = 1024, keep_ratio: float = 0.25) -> None:
+        super().__init__()
+        if img_size < PATCH or img_size % PATCH:
+            raise ValueError(f"image size must be a multiple of {PATCH}, is {img_size}")
+        self.config, self.img_size = config, img_size
+        self.keep_ratio = _checked_ratio(keep_ratio)
+        side = img_size // PATCH
+        self.patch_embed = PatchEmbed(embed_dim=config.dim)
+        self.pos_embed = nn.Parameter(torch.zeros(1, side, side, config.dim))
+        kinds = [Block if config.stage_of(i) is None else RoutedBlock for i in range(config.depth)]
+        self.blocks = nn.ModuleList(kind(config, i, (side, side)) for i, kind in enumerate(kinds))
+        self.predictors = nn.ModuleList(ImportancePredictor(config.dim) for _ in config.predictor_layers)
+        self.neck = nn.Sequential(
+            nn.Conv2d(config.dim, OUT_CHANNELS, kernel_size=1, bias=False),
+            LayerNorm2d(OUT_CHANNELS),
+            nn.Conv2d(OUT_CHANNELS, OUT_CHANNELS, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(OUT_CHANNELS),
+        )
+
+    def forward(
+        self, x: torch.Tensor, *, true_sizes: TrueSizes = None, keep_ratio: float | None = None
+    ) -> torch.Tensor:
+        """x [B, 3, S, S], normalised, padded at right and bottom -> embedding [B, 256, S/16, S/16] float32.
+
+        true_sizes: for each image (h, w) in pixels of what is not padding, as Python integers, or an int64 tensor
+        [B, 2] for a graph whose shapes must not depend on them; None: no padding. keep_ratio: for this call only.
+        """
+        return self.encode(x, true_sizes=true_sizes, keep_ratio=keep_ratio)[0]
+
+    def encode(
+        self,
+        x: torch.Tensor,
+        *,
+        true_sizes: TrueSizes = None,
+        keep_ratio: float | None = None,
+        routing: Routing | None = None,
+    ) -> tuple[torch.Tensor, Routing]:
+        """As `forward`, with the routing of every stage beside the embedding.
+
+        A `routing` supplied replaces the choice: its masks, and its scores where they are not None. ValueError where
+        shapes, sizes, ratio or routing do not fit the image and the model.
+        """
+        self._check(x, true_sizes, routing)
+        keep_ratio = self.keep_ratio if keep_ratio is None else _checked_ratio(keep_ratio)
+        if not isinstance(true_sizes, torch.Tensor | None):
+            true_sizes = [(int(h), int(w)) for h, w in true_sizes]
+
+        image = x
+        x = self.patch_embed(x) + self.pos_embed  # [B, 3, S, S] -> [B, H, W, C]
+        b, height, width, _ = x.shape
+        everything = all_tokens(b, height, width, self.config.window, x.device)
+        stages: list[Stage] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, everything, stages[-1]) if stages else block(x, everything)
+            if i in self.config.predictor_layers:
+                number = len(stages)
+                scores = self.predictors[number](x)
+                if routing is not None:
+                    name = f"routing.stages[{number}]"
+                    stage = route_supplied(routing.stages[number], scores, self.config.window, name)
+                else:
+                    rank_by = self._rank_by(x, scores, image, number)
+                    stage = route(everything, scores, rank_by, self.config.window, keep_ratio, true_sizes)
+                stages.append(stage)
+        x = self.neck(x.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
+        return x.float(), Routing(tuple(stage.as_value() for stage in stages))
+
+    def _rank_by(self, x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:
+        """What orders the tokens of a window: [B, H, W] float32."""
+        if self.config.score == "norm":
+            return x.float().norm(dim=-1)
+        if self.config.score == "random":  # seeded by the image's own values: the batch does not matter
+            seeds = [zlib.crc32(one.float().cpu().numpy().tobytes()) + number for one in image.detach()]
+            draws = [torch.rand(scores.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+            return torch.stack(draws).to(scores)
+        return scores
+
+    def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:
+        size = self.img_size
+        if x.dim() != 4 or x.shape[1:] != (3, size, size):
+            raise ValueError(f"x must be [B, 3, {size}, {size}], is {list(x.shape)}")
+        if isinstance(true_sizes, torch.Tensor):  # its values are not looked at: they may be a graph's input
+            if true_sizes.shape != (x.shape[0], 2) or true_sizes.dtype != torch.int64:
+                raise ValueError(
+                    f"true_sizes must be int64 [{x.shape[0]}, 2], is {true_sizes.dtype} {list(true_sizes.shape)}"
+                )
+        elif true_sizes is not None:
+            if len(true_sizes) != x.shape[0]:
+                raise ValueError(f"true_sizes must have one (h, w) an image, {x.shape[0]}, has {len(true_sizes)}")
+            for h, w in true_sizes:
+                if not (1 <= h <= size and 1 <= w <= size):
+                    raise ValueError(f"true_sizes are (h, w) within 1 ... {size} pixels, one is {(h, w)}")
+        if routing is not None and len(routing.stages) != len(self.predictors):
+            raise ValueError(f"routing must have {len(self.predictors)} stages, has {len(routing.stages)}")
+
+
+def _checked_ratio(keep_ratio: float) -> float:
+    if not keep_ratio > 0:
+        raise ValueError(f"keep ratio must be above 0 (1: all tokens), is {keep_ratio}")
+    return float(keep_ratio)

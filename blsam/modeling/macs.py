@@ -1,0 +1,81 @@
+"""Multiply-adds of an image encoder, from its configuration alone.
+
+Counted: linear layers, convolutions and attention products, relative positions included; not counted: norms, softmax,
+activations, sorting, gathering. Padded keys of partial windows count (w*w keys a window), padded queries do not. For
+a batch of one; agrees with torch's FlopCounterMode / 2.
+"""
+
+from __future__ import annotations
+
+from ..config import EncoderConfig
+from . import windows as win
+from .image_encoder import OUT_CHANNELS
+from .routing import keep_count
+
+
+def encoder_macs(
+    config: EncoderConfig,
+    image_size: int = 1024,
+    keep_ratio: float = 0.25,
+    true_size: tuple[int, int] | None = None,
+) -> int:
+    """MACs of this package's encoder for one image; `true_size` (h, w) in pixels as in `ImageEncoder.forward`."""
+    side = image_size // win.PATCH
+    tokens, dim, w = side * side, config.dim, config.window
+    real = win.real_counts(side, side, w, true_size or (image_size, image_size))
+    prime = [keep_count(n, keep_ratio) for n in real]
+
+    total = _ends(config, tokens)
+    for layer in range(config.depth):
+        reach = (side, side) if config.is_global(layer) else (w, w)
+        queries = tokens
+        if config.stage_of(layer) is None or keep_ratio >= 1:
+            total += _attention(tokens, tokens, reach, dim, dim)
+        else:
+            queries = sum(prime)
+            if config.semi_cross:
+                total += _attention(queries, tokens, reach, dim, dim)
+            else:
+                total += _attention(queries, queries, reach, dim, dim, _pairs(prime, config.is_global(layer)))
+        total += queries * 8 * dim * dim
+        if config.has_e_block(layer):
+            e = config.e_dim
+            total += _attention(tokens, tokens, reach, dim, e) + tokens * (2 * dim * e + 8 * e * e)
+        if layer in config.predictor_layers:
+            total += tokens * dim * 2
+    return total
+
+
+def sam_macs(config: EncoderConfig, image_size: int = 1024) -> int:
+    """MACs of a dense encoder as `segment_anything` computes it: padding goes through window layers as if real."""
+    side, w, dim = image_size // win.PATCH, config.window, config.dim
+    tokens = side * side
+    down, across = win.num_windows(side, side, w)
+    padded = down * across * w * w
+    total = _ends(config, tokens)
+    for layer in range(config.depth):
+        if config.is_global(layer):
+            total += _attention(tokens, tokens, (side, side), dim, dim)
+        else:
+            total += _attention(padded, padded, (w, w), dim, dim)
+        total += tokens * 8 * dim * dim
+    return total
+
+
+def _ends(config: EncoderConfig, tokens: int) -> int:
+    """Patch embedding and neck."""
+    return tokens * (3 * win.PATCH**2 * config.dim + config.dim * OUT_CHANNELS + 9 * OUT_CHANNELS**2)
+
+
+def _attention(
+    queries: int, keys: int, reach: tuple[int, int], dim: int, inner: int, pairs: int | None = None
+) -> int:
+    """Projections, relative positions and both products; every query meets all keys of its reach unless pairs says."""
+    projections = 2 * queries * dim * inner + 2 * keys * dim * inner
+    positions = queries * inner * (reach[0] + reach[1])
+    pairs = queries * reach[0] * reach[1] if pairs is None else pairs
+    return projections + positions + 2 * pairs * inner
+
+
+def _pairs(prime: list[int], is_global: bool) -> int:
+    return sum(prime) ** 2 if is_global else sum(k * k for k in prime)

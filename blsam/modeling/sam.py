@@ -1,0 +1,34 @@
+"""`segment_anything`'s `Sam` with our image encoder; it differs only in telling the encoder what is padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam as _Sam
+
+
+class Sam(_Sam):
+    """Prompt encoder, mask decoder, `preprocess` and `postprocess_masks` are `segment_anything`'s."""
+
+    def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size` -> [B, 256, S/16, S/16]."""
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        batch = torch.stack([self.preprocess(image.squeeze(0) if image.dim() == 4 else image) for image in images])
+        return self.image_encoder(batch, true_sizes=sizes)
+
+    @torch.no_grad()
+    def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, torch.Tensor]]:
+        """Masks of several images at once; keys, shapes and order of input and output as in `segment_anything`."""
+        embeddings = self.encode_images([record["image"] for record in batched_input])
+        return [
+            self._decode(record, embedding[None], multimask_output)
+            for record, embedding in zip(batched_input, embeddings)
+        ]
+
+    def _decode(self, record: dict[str, Any], embedding: torch.Tensor, multimask: bool) -> dict[str, torch.Tensor]:
+        points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
+        sparse, dense = self.prompt_encoder(points, record.get("boxes"), record.get("mask_inputs"))
+        logits, scores = self.mask_decoder(embedding, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+        masks = self.postprocess_masks(logits, record["image"].shape[-2:], record["original_size"])
+        return {"masks": masks > self.mask_threshold, "iou_predictions": scores, "low_res_logits": logits}

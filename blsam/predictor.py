@@ -1,0 +1,111 @@
+"""`segment_anything`'s `SamPredictor` that tells the encoder what is padding, and checks prompts."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from segment_anything import SamPredictor as _SamPredictor
+from segment_anything.utils.transforms import ResizeLongestSide as _ResizeLongestSide
+
+
+class ResizeLongestSide(_ResizeLongestSide):
+    """As `segment_anything`'s; release 1.0 reads batch and channels as height and width in `apply_image_torch`."""
+
+    def apply_image_torch(self, image: torch.Tensor) -> torch.Tensor:
+        """float [B, C, H, W] -> [B, C, h, w] with the longer side `target_length`."""
+        size = self.get_preprocess_shape(image.shape[2], image.shape[3], self.target_length)
+        return torch.nn.functional.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+
+
+class SamPredictor(_SamPredictor):
+    """`set_image` once, then `predict` for each prompt; arguments and results as in `segment_anything`."""
+
+    def __init__(self, sam_model: torch.nn.Module) -> None:
+        super().__init__(sam_model)
+        self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
+
+    @torch.no_grad()
+    def set_torch_image(self, transformed_image: torch.Tensor, original_image_size: tuple[int, int]) -> None:
+        """An image [1, 3, h, w], already resized so that its longer side is `img_size`; original size as (H, W)."""
+        side = self.model.image_encoder.img_size
+        shape = tuple(transformed_image.shape)
+        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != side:
+            raise ValueError(f"the image must be [1, 3, h, w] with its longer side {side}, is {list(shape)}")
+        self.reset_image()
+        self.original_size = tuple(original_image_size)
+        self.input_size = shape[-2:]
+        self.features = self.model.encode_images([transformed_image])
+        self.is_image_set = True
+
+    def predict(
+        self,
+        point_coords: np.ndarray | None = None,
+        point_labels: np.ndarray | None = None,
+        box: np.ndarray | None = None,
+        mask_input: np.ndarray | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Masks of one prompt on the image that is set.
+
+        Args:
+            point_coords: [N, 2], x and y in pixels of the original image. point_labels: [N], 1 object, 0 background.
+            box: [4], x1 y1 x2 y2 in pixels of the original image.
+            mask_input: [1, h, w], the third result of an earlier call.
+            multimask_output: three candidates, or the single mask that suits unambiguous prompts.
+            return_logits: logits instead of a bool mask.
+
+        Returns masks [M, H, W], scores [M] (predicted IoU), low-resolution logits [M, h, w]; ValueError says what a
+        prompt should have been.
+        """
+        if self.is_image_set:
+            check_prompts(point_coords, point_labels, box, mask_input, self.original_size)
+            if points_outside(point_coords, self.original_size):
+                warnings.warn("a point lies outside the image; its mask has little meaning", stacklevel=2)
+        return super().predict(point_coords, point_labels, box, mask_input, multimask_output, return_logits)
+
+
+def check_prompts(
+    point_coords: np.ndarray | None,
+    point_labels: np.ndarray | None,
+    box: np.ndarray | None,
+    mask_input: np.ndarray | None,
+    image_size: tuple[int, int],
+) -> None:
+    """ValueError unless the prompts of one `predict` call have the right shapes, values and order; image_size (H, W)."""
+    if (point_coords is None) != (point_labels is None):
+        raise ValueError("point_coords and point_labels go together: give both or neither")
+    if point_coords is not None:
+        coords, labels = np.asarray(point_coords), np.asarray(point_labels)
+        if coords.ndim != 2 or coords.shape[1] != 2:
+            raise ValueError(f"point_coords must be [N, 2] (x, y in pixels), is {list(coords.shape)}")
+        if labels.shape != coords.shape[:1]:
+            raise ValueError(f"point_labels must be [{len(coords)}], one for each point, is {list(labels.shape)}")
+        if not np.isfinite(coords.astype(float)).all():
+            raise ValueError("point_coords must be finite")
+        if not np.isin(labels, (-1, 0, 1)).all():
+            raise ValueError("point_labels must be 1 (object), 0 (background) or -1 (no point)")
+    if box is not None:
+        b = np.asarray(box, float)
+        b = b[0] if b.shape == (1, 4) else b  # SAM's notebooks pass it so
+        if b.shape != (4,) or not np.isfinite(b).all():
+            raise ValueError(f"box must be four finite numbers x1, y1, x2, y2, is {np.asarray(box).tolist()}")
+        if b[2] <= b[0] or b[3] <= b[1]:
+            raise ValueError(f"box must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, is {b.tolist()}")
+        height, width = image_size
+        if b[2] <= 0 or b[3] <= 0 or b[0] >= width or b[1] >= height:
+            raise ValueError(f"box {b.tolist()} misses the image of {width} x {height} pixels")
+    if mask_input is not None:
+        m = np.asarray(mask_input)
+        if m.ndim != 3 or m.shape[0] != 1 or not np.isfinite(m).all():
+            raise ValueError(f"mask_input must be finite logits [1, h, w] of an earlier call, is {list(m.shape)}")
+
+
+def points_outside(point_coords: np.ndarray | None, image_size: tuple[int, int]) -> list[tuple[float, float]]:
+    """The points that lie more than half a pixel outside [0, W] x [0, H]."""
+    if point_coords is None:
+        return []
+    height, width = image_size
+    return [(x, y) for x, y in np.asarray(point_coords) if not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5)]
