@@ -1,5 +1,6 @@
 """Segment Anything with a big.LITTLE image encoder."""
 
+from .automatic_mask_generator import SamAutomaticMaskGenerator
 from .build_sam import (
     build_blsam_vit_b,
     build_blsam_vit_h,

@@ -1,0 +1,40 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["timm", "webdataset"]
+EVAL = ["lvis"]
+EXPORT = ["onnx", "onnxscript", "onnxruntime"]
+DEMO = ["gradio"]
+
+setup(
+    name="blsam",
+    version="0.1.0",
+    description="Segment Anything with a big.LITTLE image encoder",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["blsam", "blsam.*"]),
+    install_requires=[
+        "torch>=2.4",
+        "torchvision",
+        "numpy",
+        "segment-anything>=1.0",
+        "opencv-python",
+        "pycocotools",
+        "safetensors",
+        "matplotlib",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require={
+        "eval": EVAL,
+        "train": TRAIN,
+        "export": EXPORT,
+        "demo": DEMO,
+        "hf": ["transformers"],
+        "test": ["pytest", "nbclient", "ipykernel", "playwright", "scikit-image", *EVAL],
+    },
+    entry_points={"console_scripts": ["blsam=blsam.cli:main"]},
+)
