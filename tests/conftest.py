@@ -1,0 +1,58 @@
+"""What several test files share: tiny models, random weights everywhere, the reference encoder, the data folder."""
+
+import os
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from segment_anything.modeling import ImageEncoderViT
+
+from blsam.config import EncoderConfig
+
+TINY = EncoderConfig(
+    "tiny",
+    dim=64,
+    depth=4,
+    heads=4,
+    global_layers=(1, 3),
+    window=7,
+    e_dim=16,
+    e_heads=4,
+    e_layers=(1, 3),
+    predictor_layers=(0, 2),
+)
+TINY_EXACT = replace(TINY, name="tiny_exact", e_dim=0, e_heads=0, e_layers=(), predictor_layers=())
+TINY_SIZE = 160
+
+DATA = Path(os.environ.get("BLSAM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA} (set BLSAM_DATA)")
+
+
+def randomize(model, std=0.05, seed=0):
+    """Move every parameter, so that nothing hides behind a zero (positions, last linears, alpha, gamma)."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def reference_encoder(config, size):
+    """segment_anything's encoder of the same width, depth and windows."""
+    return ImageEncoderViT(
+        img_size=size,
+        embed_dim=config.dim,
+        depth=config.depth,
+        num_heads=config.heads,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=config.window,
+        global_attn_indexes=config.global_layers,
+    )
+
+
+def gap(a, b):
+    """Largest difference over the standard deviation of b."""
+    return ((a - b).abs().max() / b.std()).item()
