@@ -37,7 +37,8 @@ class ImportancePredictor(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # "meta" has none
+        with torch.autocast(kind, enabled=False):
             return self.linear(self.norm(x.float())).softmax(dim=-1)[..., 1]
 
 
