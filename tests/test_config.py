@@ -1,0 +1,42 @@
+"""The table of models, pinned layer by layer."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from blsam.config import CONFIGS, dense_twin
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "layers.json").read_text())
+SIZES = {"h": (1280, 16, 14, 768, 12), "l": (1024, 16, 14, 384, 6), "b": (768, 12, 14, 192, 3), "t": (192, 3, 8, 48, 3)}
+
+
+def test_the_table_is_complete():
+    assert set(CONFIGS) == set(GOLDEN)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_layers(name):
+    config = CONFIGS[name]
+    layers = [
+        ("G" if config.is_global(i) else "w")
+        + ("F" if config.stage_of(i) is None else "R")
+        + ("E" if config.has_e_block(i) else "-")
+        + ("P" if i in config.predictor_layers else "-")
+        for i in range(config.depth)
+    ]
+    assert " ".join(layers) == GOLDEN[name]
+    dim, heads, window, e_dim, e_heads = SIZES[name[-1]]
+    assert (config.dim, config.heads, config.window) == (dim, heads, window)
+    if config.routed:
+        assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
+    assert not dense_twin(config).routed
+    assert (config.fuse, config.semi_cross, config.e_block, config.score) == ("sublayer", True, True, "predictor")
+
+
+def test_impossible_rows_are_refused():
+    config = CONFIGS["blsam_vit_t"]
+    for change in ({"heads": 5}, {"e_layers": (0,)}, {"fuse": "never"}, {"predictor_layers": (3, 0)}):
+        with pytest.raises(ValueError):
+            replace(config, **change)
