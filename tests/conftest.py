@@ -11,6 +11,8 @@ from segment_anything.modeling import ImageEncoderViT
 
 from blsam.config import EncoderConfig
 
+torch.set_num_threads(2)  # other work shares the machine
+
 TINY = EncoderConfig(
     "tiny",
     dim=64,
