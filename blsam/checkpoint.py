@@ -79,10 +79,12 @@ def image_size_of(state: State) -> int:
 def check_fits(state: State, config: EncoderConfig, source: str) -> None:
     """CheckpointError unless the state is a SAM checkpoint with the width and depth of `config`."""
     patch, pos = "image_encoder.patch_embed.proj.weight", "image_encoder.pos_embed"
-    if patch not in state or pos not in state or state[pos].dim() != 4:
-        raise CheckpointError(f"{source} is not a SAM checkpoint: it lacks {patch} or {pos}")
+    if any(key not in state or state[key].dim() != 4 for key in (patch, pos)):
+        raise CheckpointError(f"{source} is not a SAM checkpoint: it lacks a proper {patch} or {pos}")
     dim = state[patch].shape[0]
-    depth = 1 + max((int(m[1]) for m in map(re.compile(r"image_encoder\.blocks\.(\d+)\.").match, state) if m), default=0)
+    depth = 1 + max(
+        (int(m[1]) for m in map(re.compile(r"image_encoder\.blocks\.(\d+)\.").match, state) if m), default=0
+    )
     if (dim, depth) != (config.dim, config.depth):
         fits = [c.name for c in CONFIGS.values() if (c.dim, c.depth) == (dim, depth)]
         hint = f"it fits {' or '.join(fits)}" if fits else "it fits no model of the registry"
@@ -103,7 +105,9 @@ def load(model: nn.Module, config: EncoderConfig, state: State, source: str = "t
     if any(not NEW.match(key) for key in missing):
         raise CheckpointError(f"{source} lacks {_names(k for k in missing if not NEW.match(k))}")
     if missing and missing != new:
-        raise CheckpointError(f"{source} has some of the keys that {config.name} adds to SAM, but lacks {_names(missing)}")
+        raise CheckpointError(
+            f"{source} has some of the keys that {config.name} adds to SAM, but lacks {_names(missing)}"
+        )
     unexpected = [key for key in state if key not in own]
     if unexpected:
         hint = "; it was made for a blsam_* model" if not config.routed and any(map(NEW.match, unexpected)) else ""

@@ -104,8 +104,10 @@ def segment(args: argparse.Namespace) -> None:
     if args.json is not None:
         text = json.dumps({**best, "seconds": seconds, "candidates": others}, indent=1)
         ckpt.write_atomically(args.json, lambda path: Path(path).write_text(text + "\n"))
-    print(f"{output}: score {best['score']:.3f}, {best['area']} pixels, encoder {seconds['encoder']:.2f} s, "
-          f"decoder {seconds['decoder']:.2f} s")
+    print(
+        f"{output}: score {best['score']:.3f}, {best['area']} pixels, encoder {seconds['encoder']:.2f} s, "
+        f"decoder {seconds['decoder']:.2f} s"
+    )
 
 
 def _record(mask: np.ndarray, score: float) -> dict:

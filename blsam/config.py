@@ -87,7 +87,9 @@ CONFIGS: dict[str, EncoderConfig] = {
         _L,
         _B,
         _T,
-        replace(_H, name="blsam_vit_h", e_dim=768, e_heads=12, e_layers=_every(9, 31, 2), predictor_layers=(8, 16, 24)),
+        replace(
+            _H, name="blsam_vit_h", e_dim=768, e_heads=12, e_layers=_every(9, 31, 2), predictor_layers=(8, 16, 24)
+        ),
         # ours: the paper has no L
         replace(_L, name="blsam_vit_l", e_dim=384, e_heads=6, e_layers=_every(6, 23), predictor_layers=(5, 11, 17)),
         replace(_B, name="blsam_vit_b", e_dim=192, e_heads=3, e_layers=_every(1, 11), predictor_layers=(0, 3, 6, 9)),

@@ -60,8 +60,14 @@ class SamPredictor(_SamPredictor):
         Returns masks [M, H, W], scores [M] (predicted IoU), low-resolution logits [M, h, w]; ValueError says what a
         prompt should have been.
         """
+        point_coords, point_labels, box, mask_input = (
+            value if value is None else np.asarray(value) for value in (point_coords, point_labels, box, mask_input)
+        )
         if self.is_image_set:
             check_prompts(point_coords, point_labels, box, mask_input, self.original_size)
+            wanted = (1, *self.model.prompt_encoder.mask_input_size)
+            if mask_input is not None and mask_input.shape != wanted:
+                raise ValueError(f"mask_input must be {list(wanted)}, is {list(mask_input.shape)}")
             if points_outside(point_coords, self.original_size):
                 warnings.warn("a point lies outside the image; its mask has little meaning", stacklevel=2)
         return super().predict(point_coords, point_labels, box, mask_input, multimask_output, return_logits)
@@ -98,7 +104,7 @@ def check_prompts(
         if b[2] <= 0 or b[3] <= 0 or b[0] >= width or b[1] >= height:
             raise ValueError(f"box {b.tolist()} misses the image of {width} x {height} pixels")
     if mask_input is not None:
-        m = np.asarray(mask_input)
+        m = np.asarray(mask_input, float)
         if m.ndim != 3 or m.shape[0] != 1 or not np.isfinite(m).all():
             raise ValueError(f"mask_input must be finite logits [1, h, w] of an earlier call, is {list(m.shape)}")
 
@@ -108,4 +114,6 @@ def points_outside(point_coords: np.ndarray | None, image_size: tuple[int, int])
     if point_coords is None:
         return []
     height, width = image_size
-    return [(x, y) for x, y in np.asarray(point_coords) if not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5)]
+    return [
+        (x, y) for x, y in np.asarray(point_coords) if not (-0.5 <= x <= width + 0.5 and -0.5 <= y <= height + 0.5)
+    ]

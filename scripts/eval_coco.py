@@ -82,8 +82,10 @@ def main(argv: list[str] | None = None) -> int:
             rows += [(t.area, prompted_ious(predictor, t, args.seed)) for t in targets]
 
     figures = {}
-    print(f"{args.model} at {sam.image_encoder.img_size}, keep ratio {args.keep_ratio:g}, {checkpoint.name}, float32, "
-          f"seed {args.seed}; most confident of three masks unless single; {len(rows)} annotations, left out {left_out}")
+    print(
+        f"{args.model} at {sam.image_encoder.img_size}, keep ratio {args.keep_ratio:g}, {checkpoint.name}, float32, "
+        f"seed {args.seed}; most confident of three masks unless single; {len(rows)} annotations, left out {left_out}"
+    )
     print(f"{'mean IoU, percent':<18}" + "".join(f"{size:>9}" for size in SIZES))
     for name in rows[0][1]:
         means = [100 * np.mean([r[name] for area, r in rows if low <= area <= high]) for low, high in SIZES.values()]

@@ -109,7 +109,9 @@ def to_batch(samples: list[Sample], sam: Sam) -> Batch:
     return Batch(images, sizes, [(s.masks.to(device), s.boxes.to(device)) for s in samples])
 
 
-def decode(sam: Sam, embedding: torch.Tensor, points=None, boxes=None, logits=None) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(
+    sam: Sam, embedding: torch.Tensor, points=None, boxes=None, logits=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [P, 4, S/4, S/4] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
     sparse, dense = sam.prompt_encoder(points, boxes, logits)
     return sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)

@@ -5,7 +5,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT
 
@@ -29,7 +28,6 @@ TINY_EXACT = replace(TINY, name="tiny_exact", e_dim=0, e_heads=0, e_layers=(), p
 TINY_SIZE = 160
 
 DATA = Path(os.environ.get("BLSAM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data at {DATA} (set BLSAM_DATA)")
 
 
 def randomize(model, std=0.05, seed=0):

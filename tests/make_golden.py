@@ -9,7 +9,9 @@ from pathlib import Path
 
 def rows(depth, global_layers, full, e_layers, predictors):
     return [
-        ("G" if i in global_layers else "w") + ("F" if i < full else "R") + ("E" if i in e_layers else "-")
+        ("G" if i in global_layers else "w")
+        + ("F" if i < full else "R")
+        + ("E" if i in e_layers else "-")
         + ("P" if i in predictors else "-")
         for i in range(depth)
     ]

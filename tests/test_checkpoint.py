@@ -49,7 +49,9 @@ def test_what_does_not_fit_is_refused_by_name():
     refused({k: v for k, v in state.items() if k != key}, message=f"lacks {key}")
     refused({**state, "head.weight": torch.zeros(1)}, message="head.weight")
     refused({**state, key: torch.zeros(3, 3)}, message=f"{key} has another shape")
-    refused({k: v for k, v in state.items() if ".e_block." not in k}, message="but lacks image_encoder.blocks.1.e_block")
+    refused(
+        {k: v for k, v in state.items() if ".e_block." not in k}, message="but lacks image_encoder.blocks.1.e_block"
+    )
     refused(state, TINY_EXACT, message="made for a blsam")
     refused({"a": torch.zeros(1)}, message="not a SAM checkpoint")
     refused(state, replace(TINY_EXACT, depth=5), message="fits no model")

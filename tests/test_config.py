@@ -9,7 +9,12 @@ import pytest
 from blsam.config import CONFIGS, dense_twin
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "layers.json").read_text())
-SIZES = {"h": (1280, 16, 14, 768, 12), "l": (1024, 16, 14, 384, 6), "b": (768, 12, 14, 192, 3), "t": (192, 3, 8, 48, 3)}
+SIZES = {
+    "h": (1280, 16, 14, 768, 12),
+    "l": (1024, 16, 14, 384, 6),
+    "b": (768, 12, 14, 192, 3),
+    "t": (192, 3, 8, 48, 3),
+}
 
 
 def test_the_table_is_complete():

@@ -163,8 +163,9 @@ def test_compiled_static_form_equals_eager():
     compiled = torch.compile(encoder.encode, fullgraph=True)
     with torch.no_grad():
         for keep in (0.25, 0.5):
-            a, b = compiled(x, true_sizes=torch.tensor(SIZES), keep_ratio=keep), encoder.encode(
-                x, true_sizes=SIZES, keep_ratio=keep
+            a, b = (
+                compiled(x, true_sizes=torch.tensor(SIZES), keep_ratio=keep),
+                encoder.encode(x, true_sizes=SIZES, keep_ratio=keep),
             )
             assert all(torch.equal(s.mask, t.mask) for s, t in zip(a[1].stages, b[1].stages))
             assert gap(a[0], b[0]) <= 1e-4, gap(a[0], b[0])

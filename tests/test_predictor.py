@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import segment_anything as sa
 import torch
-from conftest import DATA, needs_data, reference_encoder
+from conftest import DATA, reference_encoder
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from skimage import data
 
@@ -32,7 +32,7 @@ def predictors():
     return SamPredictor(sam_model_registry["vit_t"](TRIAL)), sa.SamPredictor(reference)
 
 
-@needs_data
+@pytest.mark.skipif(not TRIAL.is_file(), reason=f"no weights at {TRIAL} (set BLSAM_DATA)")
 @pytest.mark.parametrize("photo", PHOTOS)
 def test_predictor_equals_segment_anything(predictors, photo):
     ours, reference = predictors
@@ -120,3 +120,17 @@ def test_a_point_outside_is_one_warning(small):
 
 def test_torch_images_are_resized_by_their_height_and_width():
     assert ResizeLongestSide(64).apply_image_torch(torch.rand(2, 3, 100, 50)).shape == (2, 3, 64, 32)
+
+
+def test_the_generator_makes_its_tensors_where_the_model_is(monkeypatch):
+    generator = SamAutomaticMaskGenerator(sam_model_registry["vit_t"](image_size=64).to("meta"), points_per_side=1)
+    monkeypatch.setattr(sa.SamAutomaticMaskGenerator, "generate", lambda self, image: torch.zeros(1).device.type)
+    assert generator.generate(PHOTOS["landscape"]) == "meta"
+
+
+def test_lists_are_taken_for_arrays(small):
+    predictor = SamPredictor(small)
+    predictor.set_image(PHOTOS["landscape"])
+    from_lists = predictor.predict(point_coords=[[150, 120]], point_labels=[1], box=[60, 20, 250, 280])
+    arrays = predictor.predict(np.array([[150, 120]]), np.array([1]), np.array([60, 20, 250, 280]))
+    assert np.array_equal(from_lists[0], arrays[0])

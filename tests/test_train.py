@@ -96,12 +96,26 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, tmp_path):
     whole = _train(photos, tmp_path / "whole", 4)
     assert whole.returncode == 0, whole.stderr
     # stop after two of four steps: the schedule must stay that of four
-    stopper = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import train_sam as t; real = t.AveragedModel; "
-    stopper += "n = [0]\nclass Stop(real):\n def update_parameters(self, m):\n  super().update_parameters(m); n[0] += 1\n"
+    stopper = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import train_sam as t; real = t.AveragedModel; "
+    )
+    stopper += (
+        "n = [0]\nclass Stop(real):\n def update_parameters(self, m):\n  super().update_parameters(m); n[0] += 1\n"
+    )
     stopper += "  if n[0] == 2: import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
     stopper += "t.AveragedModel = Stop\nt.main(sys.argv[1:])"
     arguments = ["--model", "blsam_vit_t", "--teacher", "vit_t", "--teacher-checkpoint", str(TEACHER), "--data"]
-    arguments += [str(photos), "--image-size", "128", "--holdout", "0", "--batch-size", "2", "--keep-ratio", "0.25,0.5"]
+    arguments += [
+        str(photos),
+        "--image-size",
+        "128",
+        "--holdout",
+        "0",
+        "--batch-size",
+        "2",
+        "--keep-ratio",
+        "0.25,0.5",
+    ]
     arguments += ["--steps", "4", "--workers", "0", "--output", str(tmp_path / "cut")]
     subprocess.run([sys.executable, "-c", stopper, *arguments], check=True, capture_output=True, env=ONE_THREAD)
     state = torch.load(tmp_path / "cut" / "last.pt", weights_only=True)

@@ -69,9 +69,11 @@ def prompted_ious(predictor: SamPredictor, target: Target, seed: int) -> dict[st
     prompts["point_center"] = (centre_point(target.mask), True)
     prompts["point_random"] = (random_point(target.mask, seed * 1_000_003 + target.id), True)
     for name, (point, several) in prompts.items():
-        given = {"box": np.array(target.box)} if point is None else {
-            "point_coords": np.array([point]), "point_labels": np.array([1])
-        }
+        given = (
+            {"box": np.array(target.box)}
+            if point is None
+            else {"point_coords": np.array([point]), "point_labels": np.array([1])}
+        )
         masks, scores, _ = predictor.predict(**given, multimask_output=several)
         result[name] = iou(masks[scores.argmax()], target.mask)
     return result

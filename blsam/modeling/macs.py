@@ -67,9 +67,7 @@ def _ends(config: EncoderConfig, tokens: int) -> int:
     return tokens * (3 * win.PATCH**2 * config.dim + config.dim * OUT_CHANNELS + 9 * OUT_CHANNELS**2)
 
 
-def _attention(
-    queries: int, keys: int, reach: tuple[int, int], dim: int, inner: int, pairs: int | None = None
-) -> int:
+def _attention(queries: int, keys: int, reach: tuple[int, int], dim: int, inner: int, pairs: int | None = None) -> int:
     """Projections, relative positions and both products; every query meets all keys of its reach unless pairs says."""
     projections = 2 * queries * dim * inner + 2 * keys * dim * inner
     positions = queries * inner * (reach[0] + reach[1])

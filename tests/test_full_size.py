@@ -1,0 +1,28 @@
+"""SAM's three models at their own size, random weights: minutes and several GB."""
+
+import pytest
+import torch
+from conftest import gap, randomize, reference_encoder
+
+from blsam.config import CONFIGS
+from blsam.modeling.image_encoder import ImageEncoder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "batch"), [("vit_b", 2), ("vit_l", 1), ("vit_h", 1)])
+@torch.no_grad()
+def test_exact_equals_segment_anything_at_1024(name, batch):
+    reference = randomize(reference_encoder(CONFIGS[name], 1024), 0.02)
+    ours, routed = (ImageEncoder(CONFIGS[n]).eval() for n in (name, f"blsam_{name}"))
+    ours.load_state_dict(reference.state_dict())
+    routed.load_state_dict(reference.state_dict(), strict=False)
+    x = torch.randn(batch, 3, 1024, 1024, generator=torch.Generator().manual_seed(0))
+    expected = reference(x)
+    del reference
+    for what, embedding in (("exact", ours(x)), ("keep 1", routed(x, true_sizes=[(768, 1024)] * batch, keep_ratio=1))):
+        difference = gap(embedding, expected)
+        print(f"{name} {what}: {difference:.1e} of the standard deviation")
+        assert difference <= 1e-4, f"{what}: {difference:.1e}"
+    _, routing = routed.encode(x, true_sizes=[(768, 1024)] * batch)
+    for stage in routing.stages:
+        assert not stage.mask[:, 48:].any() and stage.mask.sum() == batch * 768  # a quarter of 48 x 64
