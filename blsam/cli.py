@@ -69,6 +69,16 @@ def parse_box(text: str) -> tuple[float, float, float, float]:
     return x1, y1, x2, y2
 
 
+def parse_device(text: str) -> torch.device:
+    """A device that is there: cpu, cuda, cuda:1, mps."""
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here ({str(error).splitlines()[0]})") from None
+    return device
+
+
 def segment(args: argparse.Namespace) -> None:
     """One prompt on one photo: overlay, mask and json."""
     if not args.point and args.box is None:
@@ -153,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--checkpoint", type=Path, help="default: the one that ships")
     add("--keep-ratio", type=float, default=0.25, help="share of tokens that run through the wide blocks")
     add("--image-size", type=int, help="side of the model's input, a multiple of 16; default: the checkpoint's")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("-o", "--output", type=Path, metavar="OUT.png", help="overlay; default IMAGE_mask.png")
     add("--mask", type=Path, metavar="OUT.png", help="the mask alone, 0 and 255")
     add("--json", type=Path, metavar="OUT.json")
@@ -168,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         args.run(args)
-    except (FileNotFoundError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         print(f"blsam: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     return 0

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
 from blsam.checkpoint import write_atomically
-from blsam.cli import find_checkpoint
+from blsam.cli import find_checkpoint, parse_device
 from blsam.config import CONFIGS
 from blsam.evaluation.prompted import SIZES, Target, prompted_ious
 from blsam.images import read_image
@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int)
     add("--limit", type=int, help="the first N images")
     add("--seed", type=int, default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="OUT")
     return parser.parse_args(argv)
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import blsam
 from blsam import checkpoint as ckpt
+from blsam.cli import parse_device
 from blsam.config import CONFIGS
 from blsam.data.sa1b import Sample, TrainingViews, list_photos, split_photos
 from blsam.modeling.sam import Sam
@@ -67,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=500, metavar="STEPS")
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--workers", type=int, default=1)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--output", type=Path, required=True)
     add("--resume", action="store_true")
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         first, spent = saved["step"], saved["minutes"]
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    settings = dict(vars(args))
     settings |= {"photos": len(train_photos), "torch": torch.__version__, "blsam": blsam.__version__}
     text = json.dumps(settings, indent=1, default=str)
     ckpt.write_atomically(args.output / "config.json", lambda path: Path(path).write_text(text))
@@ -271,7 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         for group in optimizer.param_groups:
             group["lr"] = rate(args.lr, step, progress)
         keep = args.keep_ratio[int(np.random.default_rng([args.seed, 2, step]).integers(len(args.keep_ratio)))]
-        device_type = torch.device(args.device).type
+        device_type = sam.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=args.precision == "bf16"):
             losses = step_losses(sam, teacher, to_batch(samples, sam), keep, args, step)
         optimizer.zero_grad(set_to_none=True)

@@ -57,6 +57,15 @@ def test_bad_input_is_one_line_and_status_2(photo, arguments, message, capsys, t
     assert message in error and error.count("\n") == 1, error
 
 
+@pytest.mark.parametrize(
+    "arguments", [["--device", "nowhere"], ["--point", "1"], ["--box", "1,2,3"], ["--model", "x"]]
+)
+def test_arguments_that_cannot_be_read(photo, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["segment", str(photo), *arguments])
+    assert stop.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
 def test_unreadable_images(tmp_path, capsys):
     text = tmp_path / "text.jpg"
     text.write_text("not an image")
