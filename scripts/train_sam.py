@@ -40,7 +40,7 @@ from blsam.config import CONFIGS
 from blsam.data.sa1b import Sample, TrainingViews, list_photos, split_photos
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
-from blsam.training.losses import distillation_loss, mask_iou, supervised_loss
+from blsam.training.losses import MASK_LOSSES, distillation_loss, mask_iou, supervised_loss
 from blsam.training.prompts import corrective_clicks, first_clicks, noisy_boxes
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
@@ -57,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, default=1024)
     add("--keep-ratio", type=_ratios, default=(0.25,), metavar="R[,R...]", help="each step draws one of them")
     add("--distill-weight", type=float, default=2.5, help="weight of L_fd (the paper's best; used with --teacher)")
+    add("--mask-loss", choices=sorted(MASK_LOSSES), default="sam", help="balanced: better for small models and data")
     add("--lr", type=float, default=2e-4)
     add("--steps", type=int)
     add("--minutes", type=float)
@@ -119,12 +120,17 @@ def decode(
 
 
 def prompted_loss(
-    sam: Sam, embedding: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor, clicks: int, rng: torch.Generator
+    sam: Sam,
+    embedding: torch.Tensor,
+    masks: torch.Tensor,
+    boxes: torch.Tensor,
+    args: argparse.Namespace,
+    rng: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """L_sup of one image over a first prompt and corrective clicks, and the IoU of the first prompt's best mask.
 
-    First a box or a click with three masks; from the second prompt on three masks or the single one, half each. The
-    most confident mask goes on: its logits are fed back, the next click lies where it is wrong.
+    First a box or a click with three masks, for a box the single one as well (ours: a box is not ambiguous, and users
+    ask for one mask); from the second prompt on three masks or the single one, half each. The most confident mask goes on: its logits are fed back, the next click lies where it is wrong.
     """
     size = sam.image_encoder.img_size
     if torch.rand((), generator=rng) < 0.5:
@@ -132,17 +138,19 @@ def prompted_loss(
     else:
         points, boxes = first_clicks(masks, rng), None
     logits, scores = decode(sam, embedding, points, boxes)
-    losses, asked = [supervised_loss(logits, scores, masks, MULTI)], MULTI
+    first = [MULTI] if boxes is None else [MULTI, SINGLE]
+    losses = [torch.stack([supervised_loss(logits, scores, masks, m, args.mask_loss) for m in first]).mean()]
+    asked = MULTI
     with torch.no_grad():
         first_iou = mask_iou(logits[:, MULTI], masks).max(1).values.mean()
-    for _ in range(clicks):
+    for _ in range(args.clicks):
         best = asked.start + scores[:, asked].argmax(1)
         previous = logits[torch.arange(len(masks)), best].detach().float()
         new = corrective_clicks(previous, masks, rng)
         points = new if points is None else tuple(torch.cat(pair, 1) for pair in zip(points, new))
         logits, scores = decode(sam, embedding, points, boxes, previous[:, None])
         asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
-        losses.append(supervised_loss(logits, scores, masks, asked))
+        losses.append(supervised_loss(logits, scores, masks, asked, args.mask_loss))
     return torch.stack(losses).mean(), first_iou
 
 
@@ -153,7 +161,7 @@ def step_losses(
     rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     embeddings = sam.image_encoder(batch.images, true_sizes=batch.true_sizes, keep_ratio=keep_ratio)
     per_image = [
-        prompted_loss(sam, embedding[None], masks, boxes, args.clicks, rng)
+        prompted_loss(sam, embedding[None], masks, boxes, args, rng)
         for embedding, (masks, boxes) in zip(embeddings, batch.objects)
         if len(masks)
     ]

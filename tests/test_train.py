@@ -16,7 +16,7 @@ from skimage import data
 from blsam import sam_model_registry
 from blsam.checkpoint import read
 from blsam.data.sa1b import TrainingViews, list_photos
-from blsam.training.losses import distillation_loss, mask_iou, mask_loss
+from blsam.training.losses import balanced_mask_loss, distillation_loss, mask_iou, sam_mask_loss
 from blsam.training.prompts import corrective_clicks
 
 # sums over several threads depend on who is first: bit for bit is promised for one
@@ -68,8 +68,10 @@ def test_losses_on_a_hand_computed_case():
     half[0, 0, 0, :2] = -50
     assert mask_iou(perfect, target).item() == 1 and mask_iou(half, target).item() == 0.5
     # the wrong half: focal 20 * 2 pixels * 0.25 * 50 / 16; dice 1 - (2 * 2 + 1) / (2 + 4 + 1)
-    assert mask_loss(perfect, target).item() == pytest.approx(0, abs=1e-6)
-    assert mask_loss(half, target).item() == pytest.approx(20 * 2 * 0.25 * 50 / 16 + 2 / 7, rel=1e-5)
+    assert sam_mask_loss(perfect, target[:, None]).item() == pytest.approx(0, abs=1e-6)
+    assert sam_mask_loss(half, target[:, None]).item() == pytest.approx(20 * 2 * 0.25 * 50 / 16 + 2 / 7, rel=1e-5)
+    # 1.6 x the 2 x 2 box about (1, 1) reaches the pixel centres at 0.5, 1.5 and 2.5: 9 pixels, 2 of them wrong
+    assert balanced_mask_loss(half, target[:, None]).item() == pytest.approx(2 * 50 / 9 + 2 / 7, rel=1e-5)
     a, b = torch.tensor([1.0, 0]).view(1, 2, 1, 1), torch.tensor([1.0, 1]).view(1, 2, 1, 1)
     assert distillation_loss(a, b, torch.ones(1, 1, 1, dtype=torch.bool)).item() == pytest.approx(1 - 0.5**0.5)
 
