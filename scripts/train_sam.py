@@ -130,7 +130,8 @@ def prompted_loss(
     """L_sup of one image over a first prompt and corrective clicks, and the IoU of the first prompt's best mask.
 
     First a box or a click with three masks, for a box the single one as well (ours: a box is not ambiguous, and users
-    ask for one mask); from the second prompt on three masks or the single one, half each. The most confident mask goes on: its logits are fed back, the next click lies where it is wrong.
+    ask for one mask); from the second prompt on three masks or the single one, half each. The most confident mask goes
+    on: its logits are fed back, the next click lies where it is wrong.
     """
     size = sam.image_encoder.img_size
     if torch.rand((), generator=rng) < 0.5:

@@ -60,8 +60,9 @@ def supervised_loss(
 ) -> torch.Tensor:
     """L_sup of one round of prompts, a mean over the P objects.
 
-    logits [P, 4, h, w] and scores [P, 4] of all mask tokens; `masks` are those asked for: of several, the one that
-    fits best is learnt by the mask loss `kind`; the IoU head learns on all of them, since "most confident" needs every score right.
+    logits [P, 4, h, w] and scores [P, 4] of all mask tokens; `masks` are those asked for. Of several, the one that fits
+    best by the mask loss `kind` is learnt; the IoU head learns on all of them, since "most confident" needs every score
+    right.
     """
     logits, scores = logits[:, masks].float(), scores[:, masks].float()
     best = MASK_LOSSES[kind](logits, target[:, None].expand_as(logits)).min(dim=1).values
