@@ -8,15 +8,18 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """uint8 [H, W, 3] RGB; transparent parts on white. FileNotFoundError or ValueError in one line."""
+def read_image(path: str | Path, *, upright: bool = True) -> np.ndarray:
+    """uint8 [H, W, 3] RGB; transparent parts on white. FileNotFoundError or ValueError in one line.
+
+    upright: rotate as EXIF says; False for annotated photos, whose masks lie on the pixels as stored.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image at {path}")
     try:
         with Image.open(path) as image:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            image = ImageOps.exif_transpose(image) if upright else image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is damaged or not an image ({str(error).splitlines()[0]})") from None
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255

@@ -1,0 +1,75 @@
+"""Many prompts on the photo that a predictor holds, decoded together; only the masks that are chosen are upscaled.
+
+Works on any predictor with SAM's interface (`model`, `features`, `transform`, `input_size`, `original_size`), so that
+others are measured in exactly the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+CHUNK = 32  # prompts decoded at a time, which bounds the memory
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Masks of P prompts: logits [P, M, h, w] at low resolution and scores [P, M], M 3 or 1, as SAM's decoder gives."""
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+
+
+@torch.no_grad()
+def decode(
+    predictor: Any,
+    *,
+    points: Sequence[Sequence[tuple[float, float, int]]] | None = None,
+    boxes: Sequence[tuple[float, float, float, float]] | None = None,
+    logits: torch.Tensor | None = None,
+    three: bool = True,
+) -> Candidates:
+    """Masks of P prompts: each the same number of points (x, y, label), or a box x1 y1 x2 y2, in pixels of the photo.
+
+    logits: [P, 1, h, w] of an earlier round, given back with the prompts. three: three candidates or the single mask.
+    """
+    model, device = predictor.model, predictor.features.device
+    coords = labels = corners = None
+    if points is not None:
+        given = torch.tensor(points, dtype=torch.float32, device=device)  # [P, N, 3]
+        coords, labels = predictor.transform.apply_coords_torch(given[..., :2], predictor.original_size), given[..., 2]
+    if boxes is not None:
+        given = torch.tensor(boxes, dtype=torch.float32, device=device)
+        corners = predictor.transform.apply_boxes_torch(given, predictor.original_size)
+    found_logits, found_scores = [], []
+    for start in range(0, len(points if boxes is None else boxes), CHUNK):
+        part = slice(start, start + CHUNK)
+        sparse, dense = model.prompt_encoder(
+            points=None if coords is None else (coords[part], labels[part]),
+            boxes=None if corners is None else corners[part],
+            masks=None if logits is None else logits[part],
+        )
+        low, scores = model.mask_decoder(
+            image_embeddings=predictor.features,
+            image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=three,
+        )
+        found_logits.append(low)
+        found_scores.append(scores)
+    return Candidates(torch.cat(found_logits), torch.cat(found_scores))
+
+
+@torch.no_grad()
+def upscale(predictor: Any, logits: torch.Tensor) -> list[np.ndarray]:
+    """Logits [P, h, w] at low resolution -> P masks, bool [H, W], at the photo's size."""
+    masks = []
+    for part in logits.split(CHUNK):
+        full = predictor.model.postprocess_masks(part[:, None], predictor.input_size, predictor.original_size)
+        masks += list((full[:, 0] > predictor.model.mask_threshold).cpu().numpy())
+    return masks

@@ -1,0 +1,107 @@
+"""What can be measured: every model of the registry, and those of others that have SAM's interface."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import segment_anything
+import torch
+
+from .. import SamPredictor, sam_model_registry
+from ..cli import UsageError, find_checkpoint, parse_device
+from ..config import CONFIGS
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A predictor with SAM's interface, and what identifies it in a table and in a run's settings."""
+
+    predictor: Any
+    identity: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return self.predictor.model.device
+
+    def describe(self) -> str:
+        """One line."""
+        facts = dict(self.identity)
+        digest = facts.pop("sha256")
+        weights = facts.pop("checkpoint") or "random weights"
+        parts = [facts.pop("model"), weights + (f" (sha256 {digest[:8]})" if digest else "")]
+        return ", ".join(
+            parts + [f"{key.replace('_', ' ')} {value}" for key, value in facts.items() if value is not None]
+        )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model is measured, and on what."""
+    add = parser.add_argument_group("model").add_argument
+    add("--model", required=True, help=f"{', '.join(CONFIGS)}, or PACKAGE:NAME of others, as segment_anything:vit_b")
+    add("--checkpoint", type=Path, metavar="FILE", help="default: the one that ships")
+    add("--random-weights", action="store_true", help="measure without a checkpoint, seeded by --seed")
+    add("--keep-ratio", type=float, metavar="R", help="share of tokens in the wide blocks; default 0.25")
+    add("--image-size", type=int, metavar="S", help="side of the model's input; default: the checkpoint's")
+    add("--predictor", choices=("blsam", "segment_anything"), default="blsam", help="the latter passes no extents")
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_subject(args: argparse.Namespace) -> Subject:
+    """The predictor that the options ask for; UsageError, FileNotFoundError or CheckpointError in one line."""
+    if args.random_weights and args.checkpoint is not None:
+        raise UsageError("give --checkpoint or --random-weights, not both")
+    torch.manual_seed(args.seed)  # random weights, new E-blocks of a warm start
+    predictor, checkpoint = _of_others(args) if ":" in args.model else _ours(args)
+    encoder = predictor.model.image_encoder
+    ours = ":" not in args.model
+    identity = {
+        "model": args.model,
+        "checkpoint": checkpoint.name if checkpoint else None,
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint else None,
+        "image_size": encoder.img_size,
+        "keep_ratio": encoder.keep_ratio if ours and CONFIGS[args.model].routed else None,
+        "dtype": "float32",
+        "predictor": args.predictor if ours else None,
+        "device": predictor.model.device.type,
+    }
+    return Subject(predictor, identity)
+
+
+def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
+    if args.model not in CONFIGS:
+        raise UsageError(f"no model {args.model!r}: it is one of {', '.join(CONFIGS)}, or PACKAGE:NAME")
+    checkpoint = None if args.random_weights else find_checkpoint(args.model, args.checkpoint)
+    keep_ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
+    sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size, keep_ratio=keep_ratio)
+    kind = SamPredictor if args.predictor == "blsam" else segment_anything.SamPredictor
+    return kind(sam.to(args.device)), checkpoint
+
+
+def _of_others(args: argparse.Namespace) -> tuple[Any, Path | None]:
+    """PACKAGE:NAME, where PACKAGE has SAM's `sam_model_registry` (or a builder called NAME) and `SamPredictor`."""
+    package, name = args.model.split(":", 1)
+    if args.keep_ratio is not None or args.image_size is not None or args.predictor != "blsam":
+        raise UsageError("--keep-ratio, --image-size and --predictor are for models of this project")
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise UsageError(f"no package {package!r} here ({error})") from None
+    registry = getattr(module, "sam_model_registry", {})
+    build = registry.get(name) or getattr(module, name, None)
+    if build is None or not hasattr(module, "SamPredictor"):
+        raise UsageError(
+            f"{package} has no model {name!r}"
+            if hasattr(module, "SamPredictor")
+            else f"{package} has no SamPredictor: it does not have SAM's interface"
+        )
+    if args.checkpoint is None and not args.random_weights:
+        raise UsageError(f"{args.model} needs --checkpoint")
+    if args.checkpoint is not None and not args.checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
+    model = build(checkpoint=str(args.checkpoint) if args.checkpoint else None)
+    return module.SamPredictor(model.to(args.device).eval()), args.checkpoint

@@ -1,0 +1,83 @@
+"""Tables for people, json for machines, and what is needed to make a figure again."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import blsam
+
+from ..checkpoint import write_atomically
+from .prompted import SIZES
+
+PACKAGES = ("torch", "numpy", "segment-anything", "pycocotools", "lvis", "opencv-python")
+ROWS = {
+    "miou": "mean IoU",
+    "baseline_ellipse": "inscribed ellipse",
+    "baseline_filled_box": "filled box",
+    "baseline_disc": "best fixed disc",
+}
+
+
+def table(figures: dict[str, Any], prompt: str) -> str:
+    """The figures of `PromptedIoU`, in percent, by size; baselines that suit the prompt."""
+    lines = [f"{'percent':<18}" + "".join(f"{size:>14}" for size in SIZES)]
+    beside = {"box": ("baseline_ellipse", "baseline_filled_box"), "point": ("baseline_disc",)}[prompt]
+    for name in ("miou", "interval", *beside, "count"):
+        cells = []
+        for size in SIZES:
+            suffix = "" if size == "all" else f"_{size}"
+            value = figures["interval_95" + suffix] if name == "interval" else figures.get(name + suffix)
+            if value is None:
+                cells.append("-")
+            elif name == "interval":
+                cells.append(f"{value[0]:.1f} to {value[1]:.1f}")
+            else:
+                cells.append(str(value) if name == "count" else f"{value:.1f}")
+        label = {"interval": "95 % interval", "count": "objects"}.get(name) or ROWS[name]
+        lines.append(f"{label:<18}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def left_out_line(left_out: dict[str, int]) -> str:
+    """What was left out and why, in one line."""
+    return "left out: " + (", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "nothing")
+
+
+def speed(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Images a second of the encoder, of prompts and masks, of the rest (reading, clicks, RLE), and of all."""
+    parts = ("encoder", "decoder", "rest")
+    seconds = {part: sum(line["seconds"].get(part, 0.0) for line in lines) for part in parts}
+    seconds["all"] = sum(seconds.values())
+    return {part: round(len(lines) / value, 3) if value else None for part, value in seconds.items()}
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, git revision (None outside a checkout; "-dirty" with changes) and processor."""
+    versions = {"python": platform.python_version(), "blsam": blsam.__version__}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"versions": versions, "git_revision": _git_revision()}
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(blsam.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude", "*"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Indented json, atomically."""
+    text = json.dumps(content, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))

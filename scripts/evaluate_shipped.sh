@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Every evaluation figure of the README, measured again and compared with what is committed.
+#
+#     BLSAM_DATA=DATA scripts/evaluate_shipped.sh [NAME...]      # about 10 minutes on two cores
+#     UPDATE=1 scripts/evaluate_shipped.sh [NAME...]             # make the measured figures the expected ones
+#
+# DATA holds coco/instances_val2017.json, coco/val2017/, lvis/lvis_v0.5_val.json and lvis/val2017/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+data=${BLSAM_DATA:-../shared/data}
+coco=(--annotations "$data/coco/instances_val2017.json" --images "$data/coco/val2017")
+lvis=(--annotations "$data/lvis/lvis_v0.5_val.json" --images "$data/lvis")
+failed=0
+
+evaluate() { # name, script, options
+  local name=$1 script=$2
+  shift 2
+  if [ ${#only[@]} -gt 0 ] && [[ " ${only[*]} " != *" $name "* ]]; then return; fi
+  echo "== $name: scripts/$script.py $*"
+  python "scripts/$script.py" "$@" --output "runs/shipped/$name" --json "runs/shipped/$name.json"
+  if [ -n "${UPDATE:-}" ]; then
+    mkdir -p scripts/results/expected
+    cp "runs/shipped/$name.json" "scripts/results/expected/$name.json"
+  else
+    python scripts/check_results.py "runs/shipped/$name.json" "scripts/results/expected/$name.json" || failed=1
+  fi
+}
+
+only=("$@")
+evaluate coco_box eval_coco --model blsam_vit_t "${coco[@]}"
+evaluate coco_box_single eval_coco --model blsam_vit_t "${coco[@]}" --single-mask
+evaluate coco_box_dense eval_coco --model vit_t "${coco[@]}"
+evaluate coco_box_dense_single eval_coco --model vit_t "${coco[@]}" --single-mask
+evaluate coco_box_no_extents eval_coco --model blsam_vit_t "${coco[@]}" --predictor segment_anything
+evaluate coco_1_point eval_coco --model blsam_vit_t "${coco[@]}" --prompt point
+evaluate coco_1_center eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --point-sampling center
+evaluate coco_3_points eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --num-points 3
+evaluate coco_3_clicks eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --num-points 3 --protocol sam
+evaluate coco_zero_shot eval_zero_shot --model blsam_vit_t --dataset coco --boxes gt "${coco[@]}"
+evaluate lvis_box eval_lvis --model blsam_vit_t "${lvis[@]}"
+evaluate lvis_1_point eval_lvis --model blsam_vit_t "${lvis[@]}" --prompt point
+evaluate lvis_3_points eval_lvis --model blsam_vit_t "${lvis[@]}" --prompt point --num-points 3
+evaluate lvis_zero_shot eval_zero_shot --model blsam_vit_t --dataset lvis --boxes gt "${lvis[@]}"
+exit $failed
