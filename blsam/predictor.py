@@ -20,11 +20,19 @@ class ResizeLongestSide(_ResizeLongestSide):
 
 
 class SamPredictor(_SamPredictor):
-    """`set_image` once, then `predict` for each prompt; arguments and results as in `segment_anything`."""
+    """`set_image` once, then `predict` for each prompt; arguments and results as in `segment_anything`.
+
+    Attributes besides SAM's: `routing`, which tokens of the photo were prime in each stage (None: no photo is set).
+    """
 
     def __init__(self, sam_model: torch.nn.Module) -> None:
         super().__init__(sam_model)
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
+
+    def reset_image(self) -> None:
+        """Forget the photo."""
+        super().reset_image()
+        self.routing = None
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: torch.Tensor, original_image_size: tuple[int, int]) -> None:
@@ -36,7 +44,7 @@ class SamPredictor(_SamPredictor):
         self.reset_image()
         self.original_size = tuple(original_image_size)
         self.input_size = shape[-2:]
-        self.features = self.model.encode_images([transformed_image])
+        self.features, self.routing = self.model.encode_images([transformed_image])
         self.is_image_set = True
 
     def predict(

@@ -1,9 +1,14 @@
-"""Pictures of masks and prompts."""
+"""Pictures of masks and prompts, and of where the encoder spent its wide blocks."""
 
 from __future__ import annotations
 
 import cv2
+import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
+
+from .modeling.routing import Routing
+from .modeling.windows import PATCH
 
 OBJECT, POSITIVE, NEGATIVE = (30, 144, 255), (60, 200, 60), (230, 50, 50)
 
@@ -31,3 +36,62 @@ def draw_mask(
         cv2.circle(out, centre, 5 * unit, (255, 255, 255), -1, cv2.LINE_AA)
         cv2.circle(out, centre, 4 * unit, POSITIVE if label else NEGATIVE, -1, cv2.LINE_AA)
     return out
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+def to_photo(tokens: np.ndarray, input_size: tuple[int, int], photo_size: tuple[int, int]) -> np.ndarray:
+    """A value for each token -> one for each pixel of the photo: [S/16, S/16] -> [H, W], without the padding.
+
+    input_size (h, w): what the photo covers of the S x S frame; photo_size (H, W).
+    """
+    h, w = input_size
+    pixels = tokens.repeat(PATCH, 0).repeat(PATCH, 1)[:h, :w]
+    return cv2.resize(pixels, photo_size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def draw_prime(image: np.ndarray, prime: np.ndarray) -> np.ndarray:
+    """The photo where tokens are prime, bool [H, W], and a dark grey shadow of it elsewhere; uint8 [H, W, 3]."""
+    grey = image.mean(-1, keepdims=True).repeat(3, -1)
+    return np.where(prime[..., None], image, (0.25 * grey).astype(np.uint8))
+
+
+def draw_heat(image: np.ndarray, values: np.ndarray, colours: str = "inferno") -> np.ndarray:
+    """Values [H, W] in [0, 1] as colours over the photo's greys; uint8 [H, W, 3]."""
+    heat = matplotlib.colormaps[colours](values)[..., :3] * 255
+    grey = image.mean(-1, keepdims=True)
+    return (0.75 * heat + 0.25 * grey).astype(np.uint8)
+
+
+def routing_figure(
+    image: np.ndarray, routing: Routing, input_size: tuple[int, int], layers: tuple[int, ...]
+) -> Figure:
+    """Prime tokens and scores of every stage, and how often each token was prime.
+
+    image uint8 [H, W, 3]; routing of one photo, `layers` after which its predictors stand, for the titles. Scores are
+    scaled to their own range in each stage, which the title states. ValueError for an exact model's routing.
+    """
+    if not routing.stages:
+        raise ValueError("an exact model has no routing: all its tokens run through every block")
+    masks = [stage.mask[0].cpu().numpy() for stage in routing.stages]
+    scores = [stage.scores[0].cpu().numpy() for stage in routing.stages]
+    size, stages = image.shape[:2], len(masks)
+    width = 3.2
+    figure = Figure((width * (stages + 1), 2 * (width * size[0] / size[1] + 0.45)), layout="constrained")
+    axes = figure.subplots(2, stages + 1)
+    chosen = to_photo(sum(mask.astype(np.uint8) for mask in masks), input_size, size)
+    panels = [(axes[0, 0], image, "photo")]
+    panels.append((axes[1, 0], draw_heat(image, chosen / stages, "viridis"), f"times prime, 0 to {stages}"))
+    for i, (mask, score) in enumerate(zip(masks, scores), 1):
+        prime, pixels = to_photo(mask.astype(np.uint8), input_size, size), to_photo(score, input_size, size)
+        low, high = pixels.min(), pixels.max()
+        share = 100 * prime.mean()
+        panels.append((axes[0, i], draw_prime(image, prime > 0), f"after layer {layers[i - 1]}: {share:.0f} % prime"))
+        heat = draw_heat(image, (pixels - low) / max(high - low, 1e-9))
+        panels.append((axes[1, i], heat, f"scores {low:.2f} to {high:.2f}"))
+    for axis, picture, title in panels:
+        axis.imshow(picture)
+        axis.set_title(title, fontsize=10)
+        axis.axis("off")
+    return figure

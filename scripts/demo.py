@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Segment the astronaut of scikit-image's photos with the model that ships, and say where the picture is."""
+"""Segment the coffee cup of scikit-image's photos with the model that ships, and say where the picture is."""
 
 from pathlib import Path
 
@@ -12,6 +12,6 @@ OUTPUT = Path("demo_output")
 
 if __name__ == "__main__":
     OUTPUT.mkdir(exist_ok=True)
-    photo = OUTPUT / "astronaut.png"
-    Image.fromarray(data.astronaut()).save(photo)
-    raise SystemExit(main(["segment", str(photo), "--box", "70,0,420,511", "-o", str(OUTPUT / "astronaut_mask.png")]))
+    photo = OUTPUT / "coffee.png"
+    Image.fromarray(data.coffee()).save(photo)
+    raise SystemExit(main(["segment", str(photo), "--box", "160,10,400,245", "-o", str(OUTPUT / "coffee_mask.png")]))

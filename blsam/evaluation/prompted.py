@@ -126,7 +126,7 @@ def disc_ious(click: Click, mask: np.ndarray) -> np.ndarray:
     h, w = mask.shape
     squares = (DISC_RADII * max(h, w)) ** 2
     x, y = int(click[0]), int(click[1])
-    ys, xs = np.nonzero(mask)
+    xs, ys = np.divmod(np.flatnonzero(mask.ravel(order="F")), h)  # column by column, as pycocotools decodes
     first_radius = np.searchsorted(squares, (ys - y) ** 2 + (xs - x) ** 2)  # the smallest disc that has the pixel
     common = np.bincount(first_radius, minlength=len(squares) + 1)[:-1].cumsum()
     rest = squares[:, None] - (np.arange(h) - y) ** 2  # [R, h]

@@ -7,20 +7,25 @@ from typing import Any
 import torch
 from segment_anything.modeling import Sam as _Sam
 
+from .routing import Routing
+
 
 class Sam(_Sam):
     """Prompt encoder, mask decoder, `preprocess` and `postprocess_masks` are `segment_anything`'s."""
 
-    def encode_images(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size` -> [B, 256, S/16, S/16]."""
+    def encode_images(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, Routing]:
+        """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size`.
+
+        -> embedding [B, 256, S/16, S/16], and the routing (empty for exact models).
+        """
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch = torch.stack([self.preprocess(image.squeeze(0) if image.dim() == 4 else image) for image in images])
-        return self.image_encoder(batch, true_sizes=sizes)
+        return self.image_encoder.encode(batch, true_sizes=sizes)
 
     @torch.no_grad()
     def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, torch.Tensor]]:
         """Masks of several images at once; keys, shapes and order of input and output as in `segment_anything`."""
-        embeddings = self.encode_images([record["image"] for record in batched_input])
+        embeddings, _ = self.encode_images([record["image"] for record in batched_input])
         return [
             self._decode(record, embedding[None], multimask_output)
             for record, embedding in zip(batched_input, embeddings)

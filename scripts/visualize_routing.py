@@ -1,0 +1,55 @@
+#!/usr/bin/env python3
+"""Where the encoder spent its wide blocks: prime tokens, scores, and how often each token was prime.
+
+python scripts/visualize_routing.py photo.jpg                          # runs/routing/photo.png
+python scripts/visualize_routing.py *.jpg --keep-ratio 0.1 -o pictures
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blsam import SamPredictor, sam_model_registry
+from blsam.checkpoint import write_atomically
+from blsam.cli import DEFAULT_MODEL, UsageError, find_checkpoint, parse_device
+from blsam.config import CONFIGS
+from blsam.evaluation.commands import run_script
+from blsam.images import read_image
+from blsam.visualize import routing_figure
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("photos", type=Path, nargs="+", metavar="PHOTO")
+    add("--model", choices=[name for name, config in CONFIGS.items() if config.routed], default=DEFAULT_MODEL)
+    add("--checkpoint", type=Path, help="default: the one that ships")
+    add("--keep-ratio", type=float, default=0.25)
+    add("--image-size", type=int)
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("-o", "--output", type=Path, metavar="DIR", default=Path("runs/routing"))
+    args = parser.parse_args()
+    names = [photo.stem for photo in args.photos]
+    if len(set(names)) < len(names):
+        raise UsageError("two photos have the same name: their pictures would overwrite each other")
+    images = [read_image(photo) for photo in args.photos]
+
+    checkpoint = find_checkpoint(args.model, args.checkpoint)
+    sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio)
+    predictor = SamPredictor(sam.to(args.device))
+    for name, image in zip(names, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
+        predictor.set_image(image)
+        layers = sam.image_encoder.config.predictor_layers
+        figure = routing_figure(image, predictor.routing, predictor.input_size, layers)
+        path = args.output / f"{name}.png"
+        write_atomically(path, partial(figure.savefig, dpi=110))
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script("visualize_routing", main)

@@ -1,0 +1,55 @@
+"""Pictures of the routing, pixel by pixel where that can be said."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from blsam.modeling.routing import Routing, StageRouting
+from blsam.visualize import draw_heat, draw_prime, routing_figure, to_photo
+
+
+def test_tokens_lie_on_their_pixels_and_padding_is_cut_off():
+    tokens = np.arange(16).reshape(4, 4).astype(np.uint8)  # a frame of 64 x 64
+    pixels = to_photo(tokens, (40, 64), (20, 32))  # half size: 8 pixels a token
+    assert pixels.shape == (20, 32)
+    assert np.array_equal(pixels[:8, :8], np.zeros((8, 8))) and pixels[8, 8] == 5 and pixels[19, 31] == 11
+
+
+def test_prime_tokens_show_the_photo_and_the_others_its_shadow():
+    image = np.full((4, 4, 3), (200, 100, 0), np.uint8)
+    prime = np.zeros((4, 4), bool)
+    prime[:2] = True
+    picture = draw_prime(image, prime)
+    assert np.array_equal(picture[:2], image[:2]) and (picture[2:] == 25).all()
+    heat = draw_heat(image, np.linspace(0, 1, 16).reshape(4, 4))
+    assert heat.dtype == np.uint8 and heat[3, 3].sum() > heat[0, 0].sum()
+
+
+def test_figure_has_a_panel_for_every_stage():
+    mask = torch.zeros(1, 4, 4, dtype=torch.bool)
+    mask[:, :2, :2] = True
+    stage = StageRouting.from_mask(mask, 4, torch.rand(1, 4, 4))
+    figure = routing_figure(np.zeros((64, 64, 3), np.uint8), Routing((stage, stage)), (64, 64), (0, 3))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert len(titles) == 6 and titles[1] == "after layer 0: 25 % prime" and titles[2] == "after layer 3: 25 % prime"
+    with pytest.raises(ValueError, match="no routing"):
+        routing_figure(np.zeros((64, 64, 3), np.uint8), Routing(), (64, 64), ())
+
+
+@pytest.mark.e2e
+def test_the_script_on_a_photo(tmp_path):
+    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
+    script = Path(__file__).resolve().parents[1] / "scripts" / "visualize_routing.py"
+    command = [sys.executable, str(script), str(tmp_path / "cat.png"), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(tmp_path / "out" / "cat.png")
+    assert picture.width > 1000
+    done = subprocess.run([*command[:2], str(tmp_path / "none.png")], capture_output=True, text=True)
+    assert done.returncode == 2 and "no image at" in done.stderr and "Traceback" not in done.stderr
