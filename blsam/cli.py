@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -70,7 +71,9 @@ def parse_box(text: str) -> tuple[float, float, float, float]:
 
 
 def parse_device(text: str) -> torch.device:
-    """A device that is there: cpu, cuda, cuda:1, mps."""
+    """A device that is there: cpu, cuda, cuda:1, mps; "cuda" is this process's own GPU under torchrun."""
+    if text == "cuda":
+        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(text)
         torch.empty(0, device=device)

@@ -13,8 +13,8 @@ from typing import Any
 
 from blsam.evaluation.commands import run_script
 
-FIGURES = ("miou", "baseline", "AP", "disc_radius")  # beginnings of names
-COUNTS = ("images", "masks", "left_out")
+FIGURES = ("miou", "baseline", "AP")  # beginnings of names
+COUNTS = ("images", "masks", "left_out", "disc_radius")
 RULES = (
     "protocol",
     "rules",

@@ -27,6 +27,9 @@ evaluate() { # name, script, options
 }
 
 only=("$@")
+for name in "${only[@]}"; do
+  grep -q "^evaluate $name " scripts/evaluate_shipped.sh || { echo "no measurement is called $name" >&2; exit 2; }
+done
 evaluate coco_box eval_coco --model blsam_vit_t "${coco[@]}"
 evaluate coco_box_single eval_coco --model blsam_vit_t "${coco[@]}" --single-mask
 evaluate coco_box_dense eval_coco --model vit_t "${coco[@]}"

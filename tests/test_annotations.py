@@ -49,7 +49,7 @@ def test_masks_of_polygons_plain_and_compressed_rle_are_equal(dataset):
     forms = [[list(p) for p in SQUARE], plain, encode_mask(mask)]
     for form in forms:
         assert np.array_equal(rle_tools.decode(to_rle(form, 4, 4)).astype(bool), mask)
-    annotations = Annotations(*dataset([annotation(i, segmentation=form) for i, form in enumerate(forms)]), "coco")
+    annotations = Annotations(*dataset([annotation(i, segmentation=form) for i, form in enumerate(forms, 1)]), "coco")
     targets, left_out = annotations.targets(annotations.photos[0], crowd=False)
     assert [np.array_equal(target.mask, mask) for target in targets] == [True] * 3 and not left_out
     assert targets[0].box == (1.0, 1.0, 3.0, 3.0)
@@ -119,11 +119,19 @@ def test_lvis_without_file_name_and_crowd_key(dataset):
         ({"categories": None}, "needs the lists images, annotations, categories"),
         ({"images": []}, "no images"),
         ({"images": [{"id": 1, "height": 4, "width": 4}]}, "neither coco_url nor file_name"),
-        ({"images": [{"id": 1}]}, "has no height, width"),
+        ({"images": [{"id": 1}]}, "one of its images has no number as height, width"),
+        ({"images": [{"id": 1, "height": 4, "width": 4, "file_name": "1.png"}] * 2}, "two images share an id"),
+        ({"categories": []}, "no categories"),
+        ({"rows": [annotation(1, segmentation=None)]}, "annotation 1 needs a bbox .* and a segmentation"),
+        ({"rows": [annotation(1, segmentation=SQUARE[0])]}, "annotation 1 needs a bbox .* and a segmentation"),
+        ({"rows": [annotation(1, bbox=[1, 2])]}, "annotation 1 needs a bbox"),
+        ({"rows": [annotation(1, area=None)]}, "one of its annotations has no number as area"),
+        ({"rows": [annotation(0)]}, "must be 1 or more"),
     ],
 )
 def test_broken_files_are_named(dataset, changes, message):
-    path, folder = dataset([annotation(1)], **changes)
+    rows = changes.pop("rows") if "rows" in changes else [annotation(1)]
+    path, folder = dataset(rows, **changes)
     with pytest.raises(ValueError, match=message):
         Annotations(path, folder, "coco")
 
@@ -132,6 +140,10 @@ def test_other_bad_input(dataset, tmp_path):
     path, folder = dataset([annotation(1), annotation(1)])
     with pytest.raises(ValueError, match="share an id"):
         Annotations(path, folder, "coco")
+    path, folder = dataset([annotation(1, segmentation={"size": [5, 4], "counts": [5, 2, 13]})])
+    annotations = Annotations(path, folder, "coco")
+    with pytest.raises(ValueError, match="annotation 1 has the size"):
+        annotations.targets(annotations.photos[0], crowd=False)
     path, folder = dataset([annotation(1)])
     pytest.importorskip("lvis")
     with pytest.raises(ValueError, match="not LVIS"):

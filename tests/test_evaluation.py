@@ -252,7 +252,10 @@ def test_heads_state_every_rule():
         "2 points (centre of the mask, then farthest error); 3 masks, 1 from the second prompt on, most confident; "
         "logits fed back; crowd left out"
     )
-    assert PROTOCOLS["efficientvit"].rules("box", 1) == "true box; 3 masks, most confident; crowd included"
+    assert (
+        PROTOCOLS["efficientvit"].rules("box", 1)
+        == "true box; 3 masks, most confident; areas below 1 left out; crowd included"
+    )
 
 
 # --- average precision -----------------------------------------------------------------------------------------------
@@ -347,13 +350,19 @@ def test_detections_are_read_and_checked(dataset, tmp_path):  # noqa: F811
     annotations = Annotations(*dataset([annotation(1)]), "coco")
     path = tmp_path / "detections.json"
     good = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}
-    path.write_text(json.dumps([good, good | {"image_id": 9}, good | {"bbox": [1, 1, 0, 2]}]))
+    path.write_text(
+        json.dumps([good, good | {"image_id": 9}, good | {"bbox": [1, 1, 0, 2]}, good | {"category_id": 77}])
+    )
     found, left_out = read_detections(path, annotations)
     assert found == {1: [{"category_id": 1, "box": (1.0, 1.0, 3.0, 3.0), "score": 0.5}], 2: []}
-    assert left_out == {"detections on other images": 1, "box without area": 1}
-    path.write_text(json.dumps([{"image_id": 1}]))
-    with pytest.raises(ValueError, match="needs image_id, category_id, bbox and score"):
+    assert left_out == {"detections on other images": 1, "box without area": 1, "detections of unknown categories": 1}
+    path.write_text(json.dumps([good | {"category_id": 0}]))
+    with pytest.raises(ValueError, match="no detection has a category"):
         read_detections(path, annotations)
+    for bad in ({"image_id": 1}, good | {"bbox": None}, good | {"score": None}, 3):
+        path.write_text(json.dumps([bad]))
+        with pytest.raises(ValueError, match="needs image_id, category_id, bbox"):
+            read_detections(path, annotations)
     path.write_text("{}")
     with pytest.raises(ValueError, match="must be a list"):
         read_detections(path, annotations)

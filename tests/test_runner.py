@@ -64,7 +64,9 @@ def test_without_resume_a_run_begins_anew_and_keeps_the_old_one_aside(tmp_path):
     (tmp_path / "part-1.jsonl").write_text((tmp_path / "part-0.jsonl").read_text())
     asked = []
     run(tmp_path, lambda photo, watch: asked.append(photo.id) or [])
-    assert asked == [3, 5, 8] and (tmp_path / "part-0.old").is_file() and not (tmp_path / "part-1.jsonl").exists()
+    assert asked == [3, 5, 8] and not (tmp_path / "part-1.jsonl").exists()
+    run(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("previous-*/*")) == ["part-0.jsonl"] * 2 + ["part-1.jsonl"]
 
 
 def test_resuming_with_other_settings_is_refused(tmp_path):
@@ -77,13 +79,16 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 
 def arguments(*more):
-    return prompted_arguments("", ["--model", "vit_t", "--annotations", "a", "--images", "b", *more])
+    return prompted_arguments(
+        "", ["--model", "vit_t", "--annotations", "a", "--images", "b", "--prompt", "point", *more]
+    )
 
 
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
         ((), "paper"),
+        (("--num-points", "3"), "paper"),
         (("--point-sampling", "center"), "paper, modified: --point-sampling center"),
         (("--point-sampling", "random"), "paper"),
         (("--protocol", "efficientvit", "--no-crowd"), "efficientvit, modified: --no-crowd"),
@@ -131,6 +136,8 @@ needs_data = pytest.mark.skipif(not (DATA / "coco").is_dir(), reason="no coco ph
         (("--annotations", "/nowhere.json"), "no annotations"),
         (("--limit", "0"), "at least 1 image"),
         (("--num-points", "3"), "goes with --prompt point"),
+        (("--point-sampling", "center"), "goes with --prompt point"),
+        (("--model", "segment_anything:vit_b", "--checkpoint", str(ROOT / "setup.py")), "does not load"),
     ],
 )
 @needs_data

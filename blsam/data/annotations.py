@@ -34,14 +34,14 @@ class Photo:
 @dataclass(frozen=True)
 class Target:
     """An annotated object: mask as compressed RLE {size [h, w], counts bytes}, box x1 y1 x2 y2, the area that the
-    annotation states, in pixels (of the polygon: not quite the mask's)."""
+    annotation states, in pixels (of the polygon: not quite the mask's).
+    """
 
     id: int
     category_id: int
     box: tuple[float, float, float, float]
     area: float
     rle: dict[str, Any]
-    crowd: bool
 
     @property
     def mask(self) -> np.ndarray:
@@ -108,9 +108,13 @@ class Annotations:
                     self.left_out["no polygon of three corners"] += 1
                     continue
                 annotation["segmentation"] = polygons
+            annotation.setdefault("iscrowd", 0)  # LVIS has no such key, COCO's scorer needs it
             clean.append(annotation)
-        if len({annotation["id"] for annotation in clean}) < len(clean):
+        ids = {annotation["id"] for annotation in clean}
+        if len(ids) < len(clean):
             raise ValueError("two annotations share an id")
+        if ids and min(ids) < 1:
+            raise ValueError("ids of annotations must be 1 or more: the official scorers take 0 for no match")
         return clean
 
     def targets(self, photo: Photo, *, crowd: bool, min_area: float = 0) -> tuple[list[Target], Counter[str]]:
@@ -119,8 +123,11 @@ class Annotations:
         for annotation in self._of_image.get(photo.id, ()):
             x, y, w, h = annotation["bbox"]
             rle = to_rle(annotation["segmentation"], photo.height, photo.width)
-            is_crowd = bool(annotation.get("iscrowd", 0))  # LVIS has no such key
-            if is_crowd and not crowd:
+            if rle["size"] != [photo.height, photo.width]:
+                raise ValueError(
+                    f"the mask of annotation {annotation['id']} has the size {rle['size']}, its image not"
+                )
+            if annotation["iscrowd"] and not crowd:
                 left_out["crowd"] += 1
             elif w <= 0 or h <= 0:
                 left_out["box without area"] += 1
@@ -131,7 +138,7 @@ class Annotations:
             else:
                 box = (float(x), float(y), float(x + w), float(y + h))
                 category, area = annotation["category_id"], float(annotation["area"])
-                targets.append(Target(annotation["id"], category, box, area, rle, is_crowd))
+                targets.append(Target(annotation["id"], category, box, area, rle))
         return targets, left_out
 
 
@@ -142,7 +149,7 @@ def to_rle(segmentation: list | dict, height: int, width: int) -> dict[str, Any]
     if isinstance(segmentation["counts"], list):
         return rle_tools.frPyObjects(segmentation, height, width)
     counts = segmentation["counts"]
-    return {"size": segmentation["size"], "counts": counts.encode() if isinstance(counts, str) else counts}
+    return {"size": list(segmentation["size"]), "counts": counts.encode() if isinstance(counts, str) else counts}
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -177,18 +184,38 @@ def _read_json(path: Path) -> dict:
     if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), list) for key in wanted):
         raise ValueError(f"{path} is not in COCO's format: it needs the lists {', '.join(wanted)}")
     keys = {
-        "images": {"id", "height", "width"},
-        "annotations": {"id", "image_id", "category_id", "segmentation", "bbox", "area"},
+        "images": {"id": int, "height": int, "width": int},
+        "annotations": {"id": int, "image_id": int, "category_id": int, "area": (int, float)},
+        "categories": {"id": int},
     }
     for name, needed in keys.items():
         for record in dataset[name]:
-            if not needed <= record.keys():
-                raise ValueError(f"{path}: one of its {name} has no {', '.join(sorted(needed - record.keys()))}")
-    if not dataset["images"]:
-        raise ValueError(f"{path} has no images")
-    if any("coco_url" not in record and "file_name" not in record for record in dataset["images"]):
+            wrong = [key for key, kind in needed.items() if not isinstance(record.get(key), kind)]
+            if wrong:
+                raise ValueError(f"{path}: one of its {name} has no number as {', '.join(wrong)}")
+    for annotation in dataset["annotations"]:
+        if not _is_box(annotation.get("bbox")) or not _is_segmentation(annotation.get("segmentation")):
+            raise ValueError(
+                f"{path}: annotation {annotation['id']} needs a bbox [x, y, w, h] and a segmentation: "
+                "polygons [[x1, y1, ...], ...] or RLE {size, counts}"
+            )
+    if not dataset["images"] or not dataset["categories"]:
+        raise ValueError(f"{path} has no images or no categories")
+    if len({record["id"] for record in dataset["images"]}) < len(dataset["images"]):
+        raise ValueError(f"{path}: two images share an id")
+    if not all(record.get("coco_url") or record.get("file_name") for record in dataset["images"]):
         raise ValueError(f"{path}: one of its images has neither coco_url nor file_name")
     return dataset
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(v, int | float) for v in value)
+
+
+def _is_segmentation(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value.get("size", ())) == 2 and isinstance(value.get("counts"), list | str)
+    return isinstance(value, list) and all(isinstance(polygon, list) for polygon in value)
 
 
 def _index(dataset: dict, kind: str) -> Any:
@@ -203,8 +230,10 @@ def _index(dataset: dict, kind: str) -> Any:
         from lvis import LVIS
     except ImportError:
         raise ImportError("LVIS needs the package lvis: pip install 'blsam[eval]'") from None
-    if not all("neg_category_ids" in record for record in dataset["images"]):
-        raise ValueError("these annotations are not LVIS's: their images have no neg_category_ids")
+    needed = {"images": ("neg_category_ids", "not_exhaustive_category_ids"), "categories": ("frequency",)}
+    for name, keys in needed.items():
+        if not all(key in record for record in dataset[name] for key in keys):
+            raise ValueError(f"these annotations are not LVIS's: their {name} have no {' or no '.join(keys)}")
 
     class Loaded(LVIS):
         def _load_json(self, loaded: dict) -> dict:

@@ -59,6 +59,8 @@ def prompted_arguments(description: str, argv: list[str] | None) -> argparse.Nam
     args = parser.parse_args(argv)
     if args.num_points < 1 or (args.prompt == "box" and args.num_points > 1):
         parser.error("--num-points is at least 1, and goes with --prompt point")
+    if args.prompt == "box" and args.point_sampling is not None:
+        parser.error("--point-sampling goes with --prompt point")
     if args.seed < 0:
         parser.error("--seed is at least 0")
     return args
@@ -105,7 +107,8 @@ def run_prompted(kind: str, description: str, argv: list[str] | None = None) -> 
     for photo, line in zip(annotations.photos, lines):
         evaluator.process(photo, line["rows"])
     figures = evaluator.evaluate()
-    write_json(folder / "ious.json", [{k: row[k] for k in ("image", "annotation", "iou")} for row in evaluator.rows])
+    ious = [{k: row[k] for k in ("image", "annotation", "iou")} for row in evaluator.rows]
+    write_json(folder / "ious.json", ious, indent=None)
     images = len({row["image"] for row in evaluator.rows})
     print(subject.describe())
     print(f"protocol {name}: {protocol.rules(args.prompt, args.num_points)}; seed {args.seed}")
@@ -146,7 +149,8 @@ def run_zero_shot(description: str, argv: list[str] | None = None) -> int:
         else:
             boxes, left_out = read_detections(Path(args.boxes), annotations)
         subject = load_subject(args)
-        settings = {**subject.identity, **_data_settings(args, annotations)}
+        settings = {**subject.identity, **_data_settings(args, annotations), "protocol": "zero-shot"}
+        settings["dataset"] = args.dataset
         digest = "gt" if args.boxes == "gt" else _digest(Path(args.boxes).read_bytes())
         settings |= {"boxes": digest, "refine": args.refine, "single_mask": args.single_mask}
 
@@ -169,14 +173,18 @@ def run_zero_shot(description: str, argv: list[str] | None = None) -> int:
     for photo, line in zip(annotations.photos, lines):
         evaluator.process(photo, line["rows"])
     results = args.results or folder / "results.json"
-    write_json(results, evaluator.results)
+    write_json(results, evaluator.results, indent=None)
     figures, summary = evaluator.evaluate()
     source = "true boxes, score 1" if args.boxes == "gt" else f"boxes and scores of {Path(args.boxes).name}"
     masks = "1 mask" if args.single_mask else "3 masks, most confident"
     left_out = {k: n for k, n in sorted((annotations.left_out + left_out).items()) if n}
     print(subject.describe())
-    print(f"{source}; {masks}; {'one refinement' if args.refine else 'no refinement'}; crowd ignored in matching")
-    print(f"{len(lines)} images, {len(evaluator.results)} masks in {results}; {left_out_line(left_out)}")
+    refined = "one refinement" if args.refine else "no refinement"
+    print(f"protocol zero-shot: {source}; {masks}; {refined}; crowd ignored in matching; seed {args.seed}")
+    counts = (
+        f"{len(lines)} images, {len(annotations.api.anns)} annotations, {len(evaluator.results)} masks in {results}"
+    )
+    print(f"{counts}; {left_out_line(left_out)}")
     print(summary)
     figures |= {"images": len(lines), "masks": len(evaluator.results), "left_out": left_out}
     _finish(args, folder, settings, figures, lines, world)
@@ -213,6 +221,7 @@ def _folder(args: argparse.Namespace, task: str, settings: dict[str, Any]) -> Pa
     if args.output is not None:
         return args.output
     name = args.model.replace(":", "-")
+    settings = {key: value for key, value in settings.items() if key != "git_revision"}  # resuming compares it
     return Path("runs") / "eval" / f"{task}-{name}-{_digest(json.dumps(settings, sort_keys=True).encode())[:8]}"
 
 
@@ -232,7 +241,7 @@ def _finish(
         + f"; predictions in {folder}"
     )
     if args.json:
-        write_json(args.json, figures | settings | {"images_per_second": rates, "processes": world} | provenance())
+        write_json(args.json, provenance() | figures | settings | {"images_per_second": rates, "processes": world})
 
 
 def run_script(name: str, run: Callable[[], int]) -> None:

@@ -47,20 +47,24 @@ def read_detections(path: Path, annotations: Annotations) -> tuple[dict[int, lis
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of detections (image_id, category_id, bbox, score)")
     found, left_out = {photo.id: [] for photo in annotations.photos}, Counter()
+    known = {category["id"] for category in annotations.api.dataset["categories"]}
     for row in rows:
-        if not isinstance(row, dict) or not {"image_id", "category_id", "bbox", "score"} <= row.keys():
-            raise ValueError(
-                f"{path}: a detection needs image_id, category_id, bbox and score, one is {str(row)[:80]}"
-            )
-        x, y, w, h = row["bbox"]
-        if row["image_id"] not in found:
+        try:
+            x, y, w, h = map(float, row["bbox"])
+            image, category, score = row["image_id"], row["category_id"], float(row["score"])
+        except (TypeError, KeyError, ValueError):
+            wanted = "image_id, category_id, bbox [x, y, w, h] and score"
+            raise ValueError(f"{path}: a detection needs {wanted}, one is {str(row)[:80]}") from None
+        if image not in found:
             left_out["detections on other images"] += 1
-        elif w <= 0 or h <= 0 or not np.isfinite(row["bbox"]).all():
+        elif category not in known:
+            left_out["detections of unknown categories"] += 1
+        elif not (w > 0 and h > 0 and np.isfinite((x, y, w, h)).all()):
             left_out["box without area"] += 1
         else:
-            box = (float(x), float(y), float(x + w), float(y + h))
-            detection = {"category_id": row["category_id"], "box": box, "score": float(row["score"])}
-            found[row["image_id"]].append(detection)
+            found[image].append({"category_id": category, "box": (x, y, x + w, y + h), "score": score})
+    if rows and left_out["detections of unknown categories"] == len(rows):
+        raise ValueError(f"{path}: no detection has a category of the annotations (COCO's ids are 1 to 90)")
     return found, left_out
 
 

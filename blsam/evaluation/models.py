@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint else None,
         "image_size": encoder.img_size,
         "keep_ratio": encoder.keep_ratio if ours and CONFIGS[args.model].routed else None,
-        "dtype": "float32",
+        "dtype": str(next(encoder.parameters()).dtype).removeprefix("torch."),
         "predictor": args.predictor if ours else None,
         "device": predictor.model.device.type,
     }
@@ -103,5 +104,11 @@ def _of_others(args: argparse.Namespace) -> tuple[Any, Path | None]:
         raise UsageError(f"{args.model} needs --checkpoint")
     if args.checkpoint is not None and not args.checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
-    model = build(checkpoint=str(args.checkpoint) if args.checkpoint else None)
-    return module.SamPredictor(model.to(args.device).eval()), args.checkpoint
+    try:
+        model = build(checkpoint=str(args.checkpoint) if args.checkpoint else None)
+        return module.SamPredictor(model.to(args.device).eval()), args.checkpoint
+    except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"{args.model} does not load {args.checkpoint or 'without a checkpoint'} ({reason})"
+        ) from None

@@ -81,6 +81,8 @@ class Protocol:
         parts = [clicks, masks[self.single_mask] + (f", {chosen}" if self.single_mask != "always" else "")]
         if self.feedback and prompt == "point" and num_points > 1:
             parts.append("logits fed back")
+        if self.min_area:
+            parts.append(f"areas below {self.min_area:g} left out")
         return "; ".join([*parts, f"crowd {'included' if self.crowd else 'left out'}"])
 
 

@@ -49,15 +49,19 @@ def left_out_line(left_out: dict[str, int]) -> str:
 
 
 def speed(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Images a second of the encoder, of prompts and masks, of the rest (reading, clicks, RLE), and of all."""
+    """Images a second of the encoder, of prompts and masks, of the rest (reading, clicks, RLE), and of all.
+
+    Images that had nothing to predict do not count.
+    """
     parts = ("encoder", "decoder", "rest")
+    lines = [line for line in lines if line["rows"]]
     seconds = {part: sum(line["seconds"].get(part, 0.0) for line in lines) for part in parts}
     seconds["all"] = sum(seconds.values())
     return {part: round(len(lines) / value, 3) if value else None for part, value in seconds.items()}
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, git revision (None outside a checkout; "-dirty" with changes) and processor."""
+    """Versions, and the git revision (None outside a checkout; "-dirty" with changes)."""
     versions = {"python": platform.python_version(), "blsam": blsam.__version__}
     for package in PACKAGES:
         try:
@@ -76,8 +80,12 @@ def _git_revision() -> str | None:
     return done.stdout.strip()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Indented json, atomically."""
-    text = json.dumps(content, indent=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: Path(temporary).write_text(text + "\n"))
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
+    """Json, atomically; `indent=None` for long lists."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, "w") as file:
+            json.dump(content, file, indent=indent)
+            file.write("\n")
+
+    write_atomically(path, write)

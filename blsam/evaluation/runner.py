@@ -1,7 +1,8 @@
 """Predictions for many photos, in one process or under torchrun, on disk as they are made.
 
 A run folder holds `settings.json` and `part-N.jsonl`, one line for each photo. A run that was killed goes on from what
-is there, with whatever number of processes; each photo is predicted once, whoever does it.
+is there, with whatever number of processes; each photo is predicted once, whoever does it. Several machines need the
+folder on a disk that they share.
 """
 
 from __future__ import annotations
@@ -73,8 +74,7 @@ def predict_photos(
 
     None on the other ranks. ValueError if `folder` holds a run with other settings and `resume` is asked for.
     """
-    done = _prepare(folder, settings, resume, rank, world)
-    finished = {image for ids in _exchange(list(done), world) for image in ids}
+    finished, done = _prepare(folder, settings, resume, rank, world)
     todo = [photo for photo in photos if photo.id not in finished]
     mine = todo[rank::world]
     bar = tqdm(total=len(mine), unit="image", disable=rank > 0 or not sys.stderr.isatty())
@@ -97,25 +97,39 @@ def predict_photos(
     return [done[photo.id] for photo in photos] if rank == 0 else None
 
 
-def _prepare(folder: Path, settings: dict[str, Any], resume: bool, rank: int, world: int) -> dict[int, Line]:
-    """Make the run folder, or read what an earlier run left there: its lines by image."""
+def _prepare(
+    folder: Path, settings: dict[str, Any], resume: bool, rank: int, world: int
+) -> tuple[set[int], dict[int, Line]]:
+    """Make the run folder, or read what an earlier run left there: images that are done, and on rank 0 their lines."""
     if rank == 0:
         _check_settings(folder, settings, resume)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
-            for part in folder.glob("part-*.jsonl"):
-                part.replace(part.with_suffix(".old"))
+            _set_aside(folder)
         text = json.dumps(settings, indent=1)
         write_atomically(folder / "settings.json", lambda path: Path(path).write_text(text + "\n"))
     if world > 1:
         dist.barrier()
-    done: dict[int, Line] = {}
-    for part in sorted(folder.glob("part-*.jsonl")) if resume else []:
-        done |= {line["image_id"]: line for line in read_part(part)}
+    finished, done = set(), {}
+    for part in sorted(folder.glob("part-*.jsonl")):
+        for line in read_part(part):
+            finished.add(line["image_id"])
+            if rank == 0:
+                done[line["image_id"]] = line
     if world > 1:
         dist.barrier()  # nobody appends while another still reads
     _drop_torn_line(folder / f"part-{rank}.jsonl")
-    return done
+    return finished, done
+
+
+def _set_aside(folder: Path) -> None:
+    """Move the parts of an earlier run into previous-N, so that forgetting to resume costs nothing."""
+    parts = [part for part in folder.glob("part-*.jsonl") if part.stat().st_size]
+    if parts:
+        aside = folder / f"previous-{len(list(folder.glob('previous-*')))}"
+        aside.mkdir()
+        for part in parts:
+            part.replace(aside / part.name)
 
 
 def _check_settings(folder: Path, settings: dict[str, Any], resume: bool) -> None:
@@ -142,11 +156,3 @@ def _drop_torn_line(path: Path) -> None:
         data = path.read_bytes()
         if not data.endswith(b"\n"):
             os.truncate(path, data.rfind(b"\n") + 1)
-
-
-def _exchange(value: Any, world: int) -> list[Any]:
-    """What every process has, on each of them."""
-    values = [value] * world
-    if world > 1:
-        dist.all_gather_object(values, value)
-    return values
