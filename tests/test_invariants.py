@@ -11,7 +11,7 @@ from conftest import TINY, TINY_EXACT, TINY_SIZE, gap, randomize
 from blsam import SamPredictor, build_sam, sam_model_registry
 from blsam import checkpoint as ckpt
 from blsam.modeling.image_encoder import ImageEncoder
-from blsam.modeling.routing import all_tokens, route
+from blsam.modeling.routing import route
 
 
 def images(n=1, size=TINY_SIZE):
@@ -41,10 +41,9 @@ def test_semi_cross_attention_is_rows_of_full_attention(layer):
     encoder = randomize(ImageEncoder(TINY, TINY_SIZE))
     x = torch.randn(2, 10, 10, TINY.dim, generator=torch.Generator().manual_seed(2))
     scores = torch.rand(2, 10, 10, generator=torch.Generator().manual_seed(3))
-    everything = all_tokens(2, 10, 10, TINY.window, x.device)
-    chosen = route(everything, scores, scores, TINY.window, 0.25, [(120, 160), (160, 100)]).selection
+    chosen = route(scores, scores, TINY.window, 0.25, [(120, 160), (160, 100)]).selection
     block = encoder.blocks[layer]
-    full = block.attention(x, everything).reshape(200, TINY.dim)
+    full = block.attention(x).reshape(200, TINY.dim)
     difference = gap(block.attention(x, chosen), full[chosen.tokens])
     assert difference <= 1e-4, f"{difference:.1e} of the standard deviation"
 

@@ -7,6 +7,10 @@ semi-cross attention) and the narrow E-branch (all tokens ask, in fewer channels
 
 SAM pads partial windows with zeros *before* the projections, so a padded key is the bias of the k and v projections.
 Here the projections run on real tokens only and the padding is filled in with those biases.
+
+The bias of all pairs is never held at once. Which of two forms computes the product is decided by measurement:
+`folded_attention` in half precision, on other devices than the CPU, and in training; `blocked_attention` in float32 on
+the CPU.
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from .routing import Group, Part, Queries
-from .windows import num_windows
+from .windows import regions
 
-# Queries are taken in chunks so that the bias of one chunk has at most this many entries for each head and image.
-MAX_BIAS = 2**21
+BLOCK = (
+    2**21
+)  # logits that the blocked form holds at a time: 8 MB, which a core's cache and its neighbour's still serve
+ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
 
 class Attention(nn.Module):
@@ -42,23 +48,43 @@ class Attention(nn.Module):
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, inner // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, inner // heads))
 
-    def forward(self, x: torch.Tensor, queries: Queries) -> torch.Tensor:
-        """x [B, H, W, dim], normalised -> [P, dim], one row for each of the P queries, in the order of their tokens."""
+    def forward(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
+        """x [B, H, W, dim], normalised -> [P, dim], one row for each of the P queries; None: all tokens, in order."""
         b, height, width, _ = x.shape
-        rows = x.reshape(b * height * width, -1)
-        choice = queries.inverse is None and queries.tokens is not None
-        if choice:
-            wq, wkv = self.qkv.weight.split([self.inner, 2 * self.inner])
-            bq, bkv = self.qkv.bias.split([self.inner, 2 * self.inner])
-            chosen = rows[queries.tokens]
-            q = F.linear(chosen, wq, bq)
-            kv = F.linear(rows if self.semi_cross else chosen, wkv, bkv)
-        else:
-            q, kv = self.qkv(rows).split([self.inner, 2 * self.inner], dim=-1)
-            q = q if queries.tokens is None else q[queries.tokens]
+        rows = x.to(self.qkv.weight.dtype).flatten(0, 2)
+        if queries is None:
+            return self.proj(self._all(self.qkv(rows).view(b, height, width, -1)))
+        wq, wkv = self.qkv.weight.split([self.inner, 2 * self.inner])
+        bq, bkv = self.qkv.bias.split([self.inner, 2 * self.inner])
+        chosen = rows[queries.tokens]
+        q = F.linear(chosen, wq, bq)
+        kv = F.linear(rows if self.semi_cross else chosen, wkv, bkv)
+        return self.proj(self._chosen(q, kv, queries, (b, height, width)))
 
-        keys = None if choice and not self.semi_cross else self._keys(kv.view(b, height, width, -1))
+    def _all(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Every token asks: region by region of equal windows, [B, H, W, 3*inner] -> [B*H*W, inner]."""
+        b, height, width, _ = qkv.shape
+        qkv = qkv.view(b, height, width, 3, self.heads, -1)
         size = (self.window, self.window) if self.window else (height, width)
+        core = _Core(qkv, size)
+        keys = self._keys(core, qkv[..., 1:, :, :])
+        out = qkv.new_empty(b, height, width, self.heads, qkv.shape[-1])
+        for region in regions(height, width, self.window):
+            q = region.windows(qkv[..., 0, :, :])  # [B, H, W, heads, d] -> [B, nH, nW, heads, h, w, d]
+            rel = self._grid_rel_pos(q, region.shape, size, core.scale)
+            y = core(q, rel, [k[:, region.numbers] for k in keys])  # [B*nW, heads, h*w, d]
+            y = y.unflatten(2, region.shape).unflatten(0, q.shape[:3])
+            region.windows(out).copy_(y)
+        return out.view(b * height * width, -1)
+
+    def _chosen(
+        self, q: torch.Tensor, kv: torch.Tensor, queries: Queries, shape: tuple[int, int, int]
+    ) -> torch.Tensor:
+        """Some tokens ask, part by part and group by group: q [P, inner], kv of all tokens (or of these) -> [P, inner]."""
+        b, height, width = shape
+        size = (self.window, self.window) if self.window else (height, width)
+        core = _Core(q.view(len(q), self.heads, self.inner // self.heads), size)
+        keys = self._keys(core, kv.view(b, height, width, 2, self.heads, -1)) if self.semi_cross else None
         out, start = [], 0
         for part in queries.parts:
             images = b if part.images is None else part.images.numel()
@@ -66,60 +92,67 @@ class Attention(nn.Module):
             done = [q.new_empty(images, 0, self.inner)]
             for group in part.groups:
                 cut = _Cut(slice(start, stop), images, slice(first, first + group.num_windows * group.count), group)
-                heads = self._attend(cut, q, kv, keys, part, queries, size)  # [b*G, heads, k, d]
+                heads = self._group(core, cut, q, kv, keys, part, queries)  # [b*G, heads, k, d]
                 done.append(heads.transpose(1, 2).reshape(images, -1, self.inner))  # -> [b, G*k, inner]
                 first = cut.columns.stop
             out.append(torch.cat(done, dim=1).view(-1, self.inner))
             start = stop
-        y = self.proj(out[0] if len(out) == 1 else torch.cat(out))
-        return y if queries.inverse is None else y[queries.inverse]
+        return out[0] if len(out) == 1 else torch.cat(out)
 
-    def _keys(self, kv: torch.Tensor) -> torch.Tensor:
-        """[B, H, W, 2*inner] -> [2, B, nW, heads, w*w, d], partial windows filled with the projections' bias."""
-        b, height, width, _ = kv.shape
-        if not self.window:
-            kv = kv.view(b, 1, height * width, 2, self.heads, -1)
-            return kv.permute(3, 0, 1, 4, 2, 5)  # [B, 1, N, 2, heads, d] -> [2, B, 1, heads, N, d]
-        w = self.window
-        down, across = num_windows(height, width, w)
-        fill = self.qkv.bias[self.inner :].to(kv.dtype)
-        if across * w > width:
-            kv = torch.cat([kv, fill.expand(b, height, across * w - width, -1)], dim=2)
-        if down * w > height:
-            kv = torch.cat([kv, fill.expand(b, down * w - height, across * w, -1)], dim=1)
-        kv = kv.view(b, down, w, across, w, 2, self.heads, -1)
-        kv = kv.permute(5, 0, 1, 3, 6, 2, 4, 7)  # [B, nH, w, nW, w, 2, heads, d] -> [2, B, nH, nW, heads, w, w, d]
-        return kv.reshape(2, b, down * across, self.heads, w * w, -1)
-
-    def _attend(
+    def _group(
         self,
+        core: _Core,
         cut: _Cut,
         q: torch.Tensor,
         kv: torch.Tensor,
-        keys: torch.Tensor | None,
+        keys: list[torch.Tensor] | None,
         part: Part,
         queries: Queries,
-        size: tuple[int, int],
     ) -> torch.Tensor:
         """Attention of one group of windows: [b*G, heads, k, d]."""
         q = cut(q).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b*G, k, inner] -> [b*G, heads, k, d]
-        group = cut.group
-        if group.shape is not None:
-            rel_h, rel_w = grid_rel_pos(q, self.rel_pos_h, self.rel_pos_w, group.shape, size)
-        else:
-            y, x = cut(queries.y), cut(queries.x)
-            rel_h, rel_w = (rel_pos(q, t, p, n) for t, p, n in zip((self.rel_pos_h, self.rel_pos_w), (y, x), size))
-
+        y, x = cut(queries.y), cut(queries.x)
+        tables = ((self.rel_pos_h, y, core.size[0]), (self.rel_pos_w, x, core.size[1]))
         if keys is not None:  # all tokens of the window answer
-            keys = keys if part.images is None else keys[:, part.images]
-            keys = keys if group.windows is None else keys[:, :, group.windows]
-            k, v = keys.flatten(1, 2)  # [2, b, G, heads, w*w, d] -> 2 x [b*G, heads, w*w, d]
-            return attend(q, k, v, rel_h, rel_w)
+            rel = [rel_pos(q, table * core.scale, places, n) for table, places, n in tables]
+            keys = keys if part.images is None else [k[part.images] for k in keys]
+            return core(q, rel, keys if cut.group.windows is None else [k[:, cut.group.windows] for k in keys])
         k, v = cut(kv).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # -> [2, b*G, heads, k, d]
+        rel_h, rel_w = (rel_pos(q, table, places, n) for table, places, n in tables)
         bias = at(rel_h, y) + at(rel_w, x)
         if queries.live is not None:
             bias = bias.masked_fill(cut(queries.live)[:, None, None, :] == 0, torch.finfo(bias.dtype).min)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+    def _keys(self, core: _Core, kv: torch.Tensor) -> list[torch.Tensor]:
+        """Keys and values of every window: [B, H, W, 2, heads, d] -> 2 x [B, nW, heads, w*w, D].
+
+        Region after region; partial windows are filled up with the projections' bias.
+        """
+        b, height, width, _, heads, d = kv.shape
+        places = regions(height, width, self.window)
+        buffers = [core.empty(b, places[-1].numbers.stop, heads, fill) for fill in (core.positions, None)]
+        bias = self.qkv.bias[self.inner :].to(kv.dtype).view(2, heads, 1, 1, d)
+        for region in places:
+            h, w = region.shape
+            for i, buffer in enumerate(buffers):
+                into = buffer[:, region.numbers].unflatten(1, region.count)[..., :d]  # [B, nH, nW, heads, w, w, d]
+                if region.shape != core.size:
+                    into[..., h:, :, :] = bias[i]
+                    into[..., :h, w:, :] = bias[i]
+                into[..., :h, :w, :] = region.windows(kv[..., i, :, :])
+        return [buffer.flatten(3, 4) for buffer in buffers]
+
+    def _grid_rel_pos(
+        self, q: torch.Tensor, shape: tuple[int, int], size: tuple[int, int], scale: float
+    ) -> list[torch.Tensor]:
+        """Position logits over `scale` of queries that are whole windows of `shape`, in windows of `size`.
+
+        q [..., h, w, d] -> [..., h, w, size_h] and [..., h, w, size_w]. One row of a table serves a row of queries.
+        """
+        down = (self.rel_pos_h * scale)[offsets(torch.arange(shape[0], device=q.device), size[0])].to(q.dtype)
+        across = (self.rel_pos_w * scale)[offsets(torch.arange(shape[1], device=q.device), size[1])].to(q.dtype)
+        return [torch.einsum("...yxd,ykd->...yxk", q, down), torch.einsum("...yxd,xkd->...yxk", q, across)]
 
 
 @dataclass(frozen=True)
@@ -136,19 +169,83 @@ class _Cut:
         return x.reshape(self.images * self.group.num_windows, self.group.count, *x.shape[2:])
 
 
-def attend(
+# --- the product -----------------------------------------------------------------------------------------------------
+
+
+class _Core:
+    """softmax(scale * q k' + positions) v in one of two forms, chosen by what the projections of an input look like.
+
+    `size`: height and width of the keys' grid. `positions` and `empty`: what keys and values must hold beside their d
+    channels. `scale`: what position logits must be multiplied by before they come in.
+    """
+
+    def __init__(self, like: torch.Tensor, size: tuple[int, int]) -> None:
+        self.like, self.size, d = like, size, like.shape[-1]
+        training = torch.is_grad_enabled() and like.requires_grad
+        self.folded = like.dtype != torch.float32 or like.device.type not in ("cpu", "meta") or training
+        self.scale = d**0.5 if self.folded else 1.0
+        self.positions = one_hot_positions(size, d, like) if self.folded else None
+
+    def empty(self, batch: int, windows: int, heads: int, extra: torch.Tensor | None) -> torch.Tensor:
+        """A buffer [B, nW, heads, h, w, D] for keys or values, its channels beyond d filled with `extra` or zeros."""
+        d = self.like.shape[-1]
+        width = d if self.positions is None else d + self.positions.shape[-1]
+        buffer = self.like.new_empty(batch, windows, heads, *self.size, width)
+        if width > d:
+            buffer[..., d:] = 0 if extra is None else extra
+        return buffer
+
+    def __call__(self, q: torch.Tensor, rel: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
+        """q [..., heads, n or (h, w), d], its position logits [..., size_h] and [..., size_w] -> [G, heads, n, d].
+
+        Keys and values [B, nW, heads, h*w, D] in buffers made by `empty`.
+        """
+        d, heads = q.shape[-1], self.like.shape[-2]
+        k, v = (key.flatten(0, -4) for key in keys)  # [G, heads, h*w, D]
+        if self.folded:
+            rest = k.shape[-1] - d - sum(self.size)
+            folded = torch.cat([q, *rel, q.new_zeros(()).expand(*q.shape[:-1], rest)], dim=-1)
+            folded = folded.view(len(k), heads, -1, k.shape[-1])
+            return F.scaled_dot_product_attention(folded, k, v, scale=d**-0.5)[..., :d]
+        q, rel_h, rel_w = (t.reshape(len(k) * heads, -1, t.shape[-1]) for t in (q, *rel))
+        return blocked_attention(q, k.flatten(0, 1), v.flatten(0, 1), rel_h, rel_w).unflatten(0, (-1, heads))
+
+
+def one_hot_positions(size: tuple[int, int], d: int, like: torch.Tensor) -> torch.Tensor:
+    """Channels that turn position logits into part of the product: [h, w, h + w + padding].
+
+    A query that carries its position logits for every row and column, and a key that carries a one at its own, add up
+    to exactly the decomposed bias. Padding to a multiple of `ALIGN` in all.
+    """
+    height, width = size
+    rows, cols = (torch.eye(n, dtype=like.dtype, device=like.device) for n in size)
+    positions = torch.cat([rows[:, None].expand(-1, width, -1), cols[None].expand(height, -1, -1)], dim=-1)
+    return F.pad(positions, (0, -(d + height + width) % ALIGN))
+
+
+def blocked_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor
 ) -> torch.Tensor:
-    """q [G, heads, n, d], k and v [G, heads, h*w, d], rel_h [G, heads, n, h], rel_w [G, heads, n, w] -> like q.
+    """q [G, n, d], k and v [G, h*w, d], rel_h [G, n, h], rel_w [G, n, w] -> [G, n, d]; without gradients.
 
-    The bias, rel_h + rel_w at every key, is made for a chunk of queries at a time.
+    `BLOCK` logits at a time: product, positions, softmax and product all find them in the cache.
     """
-    chunk = max(1, MAX_BIAS // k.shape[2])
-    out = []
-    for part, h, w in zip(q.split(chunk, 2), rel_h.split(chunk, 2), rel_w.split(chunk, 2)):
-        bias = (h[..., :, None] + w[..., None, :]).flatten(-2)
-        out.append(F.scaled_dot_product_attention(part, k, v, attn_mask=bias))
-    return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+    (groups, n, d), keys = q.shape, k.shape[1]
+    rows = min(n, max(1, BLOCK // keys))
+    batch = max(1, BLOCK // (rows * keys))
+    k, out, none = k.transpose(1, 2), torch.empty_like(q), q.new_zeros(())
+    for i in range(0, groups, batch):
+        for j in range(0, n, rows):
+            at = (slice(i, i + batch), slice(j, j + rows))
+            logits = torch.baddbmm(none, q[at], k[i : i + batch], beta=0, alpha=d**-0.5)
+            grid = logits.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
+            grid += rel_h[at][..., None]
+            grid += rel_w[at][..., None, :]
+            out[at] = torch.bmm(logits.softmax(-1), v[i : i + batch])
+    return out
+
+
+# --- relative positions ----------------------------------------------------------------------------------------------
 
 
 def offsets(positions: torch.Tensor, size: int) -> torch.Tensor:
@@ -156,28 +253,9 @@ def offsets(positions: torch.Tensor, size: int) -> torch.Tensor:
     return positions[..., None] - torch.arange(size, device=positions.device) + size - 1
 
 
-def grid_rel_pos(
-    q: torch.Tensor,
-    table_h: torch.Tensor,
-    table_w: torch.Tensor,
-    shape: tuple[int, int],
-    size: tuple[int, int],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Position logits of queries that are a whole grid of `shape`, in windows of `size`.
-
-    q [G, heads, h*w, d] -> [G, heads, h*w, size_h] and [G, heads, h*w, size_w]. One table row serves a row of queries.
-    """
-    grid = q.unflatten(2, shape)  # [G, heads, h, w, d]
-    down = table_h[offsets(torch.arange(shape[0], device=q.device), size[0])]
-    across = table_w[offsets(torch.arange(shape[1], device=q.device), size[1])]
-    rel_h = torch.einsum("gnyxd,ykd->gnyxk", grid, down)
-    rel_w = torch.einsum("gnyxd,xkd->gnyxk", grid, across)
-    return rel_h.flatten(2, 3), rel_w.flatten(2, 3)
-
-
 def rel_pos(q: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
     """Position logits along one axis of queries anywhere: q [G, heads, k, d], positions [G, k] -> [G, heads, k, size]."""
-    return torch.einsum("gnqd,gqkd->gnqk", q, table[offsets(positions, size)])
+    return torch.einsum("gnqd,gqkd->gnqk", q, table.to(q.dtype)[offsets(positions, size)])
 
 
 def at(rel: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -34,17 +34,18 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MLPBlock(dim, 4 * dim)
 
-    def attention(self, x: torch.Tensor, tokens: Selection) -> torch.Tensor:
-        """What attention adds to the given tokens: [P, C]."""
-        return self.attn(self.norm1(x), tokens.window if self.window else tokens.image)
+    def attention(self, x: torch.Tensor, tokens: Selection | None = None) -> torch.Tensor:
+        """What attention adds to the given tokens, or to all: [B, H, W, C] -> [P, C]."""
+        queries = None if tokens is None else tokens.window if self.window else tokens.image
+        return self.attn(self.norm1(x), queries)
 
     def feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
         """What the feed-forward part adds: [P, C] -> [P, C]."""
-        return self.mlp(self.norm2(rows))
+        return self.mlp(self.norm2(rows).to(self.mlp.lin1.weight.dtype))
 
-    def forward(self, x: torch.Tensor, everything: Selection) -> torch.Tensor:
-        x = x + self.attention(x, everything).view(x.shape)
-        return x + self.feed_forward(x)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.flatten(0, 2) + self.attention(x)
+        return (rows + self.feed_forward(rows)).view(x.shape)
 
 
 class EBlock(nn.Module):
@@ -67,13 +68,13 @@ class EBlock(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def attention(self, x: torch.Tensor, everything: Selection) -> torch.Tensor:
+    def attention(self, x: torch.Tensor) -> torch.Tensor:
         """What attention adds to all tokens: [B, H, W, C] -> [B*H*W, C]."""
-        return self.attn(self.norm1(x), everything.window if self.window else everything.image)
+        return self.attn(self.norm1(x))
 
     def feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
         """What the feed-forward part adds: [N, C] -> [N, C]."""
-        return self.exit(self.mlp(self.entry(self.norm2(rows))))
+        return self.exit(self.mlp(self.entry(self.norm2(rows).to(self.entry.weight.dtype))))
 
 
 class Fusion(nn.Module):
@@ -85,20 +86,25 @@ class Fusion(nn.Module):
         self.gamma = nn.Parameter(torch.full((fusions,), 1e-4)) if e_block else None
 
     def forward(
-        self, i: int, x: torch.Tensor, d_p: torch.Tensor, d_e: torch.Tensor | None, stage: Stage
+        self, i: int, rows: torch.Tensor, with_e: torch.Tensor | None, d_p: torch.Tensor, stage: Stage
     ) -> torch.Tensor:
-        """x [B, H, W, C], d_p [P, C] of the prime tokens, d_e [B*H*W, C] or None -> [B, H, W, C]; i: which fusion."""
-        rows, tokens = x.flatten(0, 2), stage.selection.tokens
-        if d_e is not None:
-            share = torch.where(stage.mask.view(-1, 1), self.gamma[i], 1.0)
-            rows = rows + share * d_e.to(x.dtype)
-        weight = 1 + self.alpha[i] * stage.scores.view(-1, 1)
-        if tokens is None:
-            return (rows + weight * d_p).view(x.shape)
-        d_p = weight[tokens] * d_p
-        if stage.selection.live is not None:
-            d_p = d_p * stage.selection.live[:, None]
-        return rows.index_add(0, tokens, d_p.to(x.dtype)).view(x.shape)
+        """Fusion number i of the layer: rows x [N, C], x + dE of all tokens or None, dP [P, C] -> [N, C]."""
+        selection = stage.selection
+        scores, before, beside = stage.scores.view(-1, 1), rows, with_e
+        if selection is not None:
+            scores, before = scores[selection.tokens], before[selection.tokens]
+            beside = None if with_e is None else with_e[selection.tokens]
+        prime = before + (1 + self.alpha[i] * scores) * d_p
+        if beside is not None:
+            prime = prime + self.gamma[i] * (beside - before)
+        if selection is None:
+            return prime
+        others = rows if with_e is None else with_e
+        if selection.live is not None:  # unused slots of the static form keep what stands there
+            prime = torch.where(selection.live[:, None] > 0, prime, others[selection.tokens])
+        if with_e is None:  # the rows are still needed as they are
+            return rows.index_copy(0, selection.tokens, prime)
+        return with_e.index_copy_(0, selection.tokens, prime)
 
 
 class RoutedBlock(Block):
@@ -110,28 +116,18 @@ class RoutedBlock(Block):
         self.e_block = EBlock(config, layer, grid) if config.has_e_block(layer) else None
         self.fusion = Fusion(1 if self.once else 2, self.e_block is not None)
 
-    def forward(self, x: torch.Tensor, everything: Selection, stage: Stage) -> torch.Tensor:
-        if self.once:
-            return self._fuse_once(x, everything, stage)
-        d_e = self.e_block.attention(x, everything) if self.e_block else None
-        d_p = self.attention(x, stage.selection)
-        x = self.fusion(0, x, d_p, d_e, stage)
-
-        rows = x.flatten(0, 2)
-        d_e = self.e_block.feed_forward(rows) if self.e_block else None
-        d_p = self.feed_forward(_take(rows, stage.selection.tokens))
-        return self.fusion(1, x, d_p, d_e, stage)
-
-    def _fuse_once(self, x: torch.Tensor, everything: Selection, stage: Stage) -> torch.Tensor:
-        """The paper's figure 2: both branches run through, then one fusion."""
-        rows, d_e = x.flatten(0, 2), None
-        if self.e_block:
-            d_e = self.e_block.attention(x, everything)
-            d_e = d_e + self.e_block.feed_forward(rows + d_e)
-        d_p = self.attention(x, stage.selection)
-        d_p = d_p + self.feed_forward(_take(rows, stage.selection.tokens) + d_p)
-        return self.fusion(0, x, d_p, d_e, stage)
+    def forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
+        rows, d_p = x.flatten(0, 2), self.attention(x, stage.selection)
+        with_e = rows + self.e_block.attention(x) if self.e_block else None
+        if self.once:  # the paper's figure 2: both branches run through, then one fusion
+            d_p = d_p + self.feed_forward(_take(rows, stage.selection) + d_p)
+            with_e = with_e + self.e_block.feed_forward(with_e) if self.e_block else None
+            return self.fusion(0, rows, with_e, d_p, stage).view(x.shape)
+        rows = self.fusion(0, rows, with_e, d_p, stage)
+        d_p = self.feed_forward(_take(rows, stage.selection))
+        with_e = rows + self.e_block.feed_forward(rows) if self.e_block else None
+        return self.fusion(1, rows, with_e, d_p, stage).view(x.shape)
 
 
-def _take(rows: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-    return rows if tokens is None else rows[tokens]
+def _take(rows: torch.Tensor, selection: Selection | None) -> torch.Tensor:
+    return rows if selection is None else rows[selection.tokens]

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config import EncoderConfig
 from .blocks import Block, RoutedBlock
-from .routing import ImportancePredictor, Routing, Stage, TrueSizes, all_tokens, route, route_supplied
+from .routing import ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
 from .windows import PATCH
 
 OUT_CHANNELS = 256  # what SAM's decoder expects
@@ -43,6 +43,16 @@ class ImageEncoder(nn.Module):
             LayerNorm2d(OUT_CHANNELS),
         )
 
+    def use_dtype(self, dtype: torch.dtype) -> ImageEncoder:
+        """Hold and multiply the linear and convolution weights in `dtype`; returns self.
+
+        Norms, residual stream, softmax, positions and importance scores stay float32, as do input and embedding.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("predictors"):
+                module.to(dtype)
+        return self
+
     def forward(
         self, x: torch.Tensor, *, true_sizes: TrueSizes = None, keep_ratio: float | None = None
     ) -> torch.Tensor:
@@ -72,12 +82,11 @@ class ImageEncoder(nn.Module):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 
         image = x
-        x = self.patch_embed(x) + self.pos_embed  # [B, 3, S, S] -> [B, H, W, C]
-        b, height, width, _ = x.shape
-        everything = all_tokens(b, height, width, self.config.window, x.device)
+        # [B, 3, S, S] -> [B, H, W, C]; contiguous, or every norm would copy; float32 from here, whatever the weights
+        x = self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)).contiguous() + self.pos_embed
         stages: list[Stage] = []
         for i, block in enumerate(self.blocks):
-            x = block(x, everything, stages[-1]) if stages else block(x, everything)
+            x = block(x, stages[-1]) if stages else block(x)
             if i in self.config.predictor_layers:
                 number = len(stages)
                 scores = self.predictors[number](x)
@@ -86,9 +95,11 @@ class ImageEncoder(nn.Module):
                     stage = route_supplied(routing.stages[number], scores, self.config.window, name)
                 else:
                     rank_by = self._rank_by(x, scores, image, number)
-                    stage = route(everything, scores, rank_by, self.config.window, keep_ratio, true_sizes)
+                    stage = route(scores, rank_by, self.config.window, keep_ratio, true_sizes)
                 stages.append(stage)
-        x = self.neck(x.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
+        x = x.permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
+        for layer in self.neck:
+            x = layer(x.to(layer.weight.dtype))
         return x.float(), Routing(tuple(stage.as_value() for stage in stages))
 
     def _rank_by(self, x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:

@@ -75,12 +75,15 @@ class Routing:
 
 @dataclass(frozen=True)
 class Group:
-    """Windows of an image with equally many queries, so that their attention is one batch."""
+    """Windows of an image with equally many queries, so that their attention is one batch.
 
-    windows: torch.Tensor | None  # [G] window numbers; None: all windows of the image, in order
+    windows: their places in the order of the grid's regions (a slice where they are neighbours); None: the image is
+    one window.
+    """
+
+    windows: torch.Tensor | slice | None
     num_windows: int
     count: int  # queries in each window
-    shape: tuple[int, int] | None = None  # (h, w) if the queries are that whole grid in row-major order
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,15 @@ class Part:
 class Queries:
     """A list of P query tokens, cut up for attention: part by part, image by image, group by group, window by window.
 
-    tokens [P] int64 into the B*H*W tokens of the batch (None: all, in order); y, x [P] int64, the place of each in its
-    window (None where every group is a whole grid); inverse [P] puts the rows back into the order of the tokens
-    (None: they are a choice, or in order already); live [P] float, 0 for an unused slot of the static form.
+    tokens [P] int64 into the B*H*W tokens of the batch; y, x [P] int64, the place of each in its window; live [P]
+    float, 0 for an unused slot of the static form.
     """
 
-    tokens: torch.Tensor | None
+    tokens: torch.Tensor
     parts: tuple[Part, ...]
-    y: torch.Tensor | None = None
-    x: torch.Tensor | None = None
-    inverse: torch.Tensor | None = None
-    live: torch.Tensor | None = None
+    y: torch.Tensor
+    x: torch.Tensor
+    live: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -119,15 +120,15 @@ class Selection:
 
     window: Queries
     image: Queries
-    tokens: torch.Tensor | None  # [P] int64; None: all, in order
+    tokens: torch.Tensor  # [P] int64
     live: torch.Tensor | None = None  # [P] float
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What the layers of a stage need: the prime tokens, and mask and scores of all tokens."""
+    """What the layers of a stage need: the prime tokens (None: all), and mask and scores of all tokens."""
 
-    selection: Selection
+    selection: Selection | None
     mask: torch.Tensor  # [B, H, W] bool
     scores: torch.Tensor  # [B, H, W] float32
     counts: torch.Tensor  # [B, nW] int64
@@ -137,29 +138,7 @@ class Stage:
         return StageRouting(self.mask, self.scores, self.counts)
 
 
-def all_tokens(batch: int, height: int, width: int, window: int, device: torch.device) -> Selection:
-    """Every token, as dense layers and E-blocks use them: one group for each shape of window."""
-    table = win.window_tokens(height, width, window, device)
-    shapes = win.window_shapes(height, width, window)
-    groups, tokens = [], []
-    for shape in sorted(set(shapes), reverse=True):
-        numbers = [i for i, s in enumerate(shapes) if s == shape]
-        groups.append(Group(_numbers(numbers, len(shapes), device), len(numbers), shape[0] * shape[1], shape))
-        full = table[numbers].view(-1, window, window)[:, : shape[0], : shape[1]]
-        tokens.append(full.reshape(-1))
-    order = torch.cat(tokens)  # [N], window by window
-    offsets = torch.arange(batch, device=device)[:, None] * (height * width)
-    in_windows = Queries(
-        tokens=(offsets + order).view(-1),
-        parts=(Part(None, tuple(groups)),),
-        inverse=(offsets + order.argsort()).view(-1),
-    )
-    whole = Group(None, 1, height * width, (height, width))
-    return Selection(in_windows, Queries(None, (Part(None, (whole,)),)), None)
-
-
 def route(
-    everything: Selection,
     scores: torch.Tensor,
     rank_by: torch.Tensor,
     window: int,
@@ -175,7 +154,7 @@ def route(
     shapes = win.window_shapes(height, width, window)
     if keep_ratio >= 1:  # every token, padding too: exactly SAM
         counts = torch.tensor([h * w for h, w in shapes], device=scores.device).repeat(b, 1)
-        return Stage(everything, torch.ones_like(scores, dtype=torch.bool), scores, counts)
+        return Stage(None, torch.ones_like(scores, dtype=torch.bool), scores, counts)
 
     if isinstance(true_sizes, torch.Tensor):
         real = win.real_tokens(height, width, true_sizes)
@@ -225,25 +204,27 @@ def _stage(
 
     alive = torch.arange(window * window, device=device) < counts[..., None]  # [B, nW, w*w], for the static form
 
+    place = win.region_order(height, width, window)
     window_parts, image_parts, tokens, live = [], [], [], []
     for images, row in _patterns(slots, device):
         mine = ordered if images is None else ordered[images]
-        groups = []
+        groups, numbers = [], []
         for count in sorted(set(row) - {0}, reverse=True):
-            numbers = _numbers([i for i, c in enumerate(row) if c == count], len(row), device)
-            groups.append(Group(numbers, row.count(count), count))
+            places = [i for i, number in enumerate(place) if row[number] == count]
+            groups.append(Group(_neighbours(places, device), len(places), count))
+            numbers.append(torch.tensor([place[i] for i in places], device=device))
         window_parts.append(Part(images, tuple(groups)))
         image_parts.append(Part(images, (Group(None, 1, sum(row)),) if groups else ()))
-        tokens.append(_slots(mine, groups))
+        tokens.append(_slots(mine, groups, numbers))
         if static:
-            live.append(_slots(alive, groups))
+            live.append(_slots(alive, groups, numbers))
 
     flat = torch.cat(tokens)
     weight = torch.cat(live).float() if static else None
     y, x = flat % (height * width) // width, flat % width
     selection = Selection(
-        Queries(flat, tuple(window_parts), y=y % window, x=x % window, live=weight),
-        Queries(flat, tuple(image_parts), y=y, x=x, live=weight),
+        Queries(flat, tuple(window_parts), y % window, x % window, weight),
+        Queries(flat, tuple(image_parts), y, x, weight),
         flat,
         weight,
     )
@@ -252,11 +233,10 @@ def _stage(
     return Stage(selection, mask.view(b, height, width), scores, counts)
 
 
-def _slots(x: torch.Tensor, groups: list[Group]) -> torch.Tensor:
+def _slots(x: torch.Tensor, groups: list[Group], numbers: list[torch.Tensor]) -> torch.Tensor:
     """The first `count` places of every window, group by group: [b, nW, w*w] -> [P]."""
-    empty = x[:, :0].flatten(1)
-    rows = [(x if g.windows is None else x[:, g.windows])[..., : g.count].flatten(1) for g in groups]
-    return torch.cat([empty, *rows], dim=1).view(-1)  # [b, G, k] -> [b, sum of G*k] -> [P]
+    rows = [x[:, windows, : group.count].flatten(1) for group, windows in zip(groups, numbers)]
+    return torch.cat([x[:, :0].flatten(1), *rows], dim=1).view(-1)  # [b, G, k] -> [b, G*k] -> [P]
 
 
 def _patterns(slots: list[list[int]], device: torch.device) -> list[tuple[torch.Tensor | None, list[int]]]:
@@ -268,8 +248,11 @@ def _patterns(slots: list[list[int]], device: torch.device) -> list[tuple[torch.
     return [(torch.tensor(p, device=device), list(pattern)) for p, pattern in zip(places, distinct)]
 
 
-def _numbers(numbers: list[int], total: int, device: torch.device) -> torch.Tensor | None:
-    return None if len(numbers) == total else torch.tensor(numbers, device=device)
+def _neighbours(places: list[int], device: torch.device) -> torch.Tensor | slice:
+    """A slice where the places follow one another, so that nothing has to be copied."""
+    if places == list(range(places[0], places[-1] + 1)):
+        return slice(places[0], places[-1] + 1)
+    return torch.tensor(places, device=device)
 
 
 def _offsets(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
