@@ -1,4 +1,5 @@
-"""`segment_anything`'s mask generator on our predictor, so that crops tell the encoder what is padding."""
+"""`segment_anything`'s mask generator on our predictor: crops tell the encoder what is padding, and only the masks
+that pass the first filter are ever made at the photo's size."""
 
 from __future__ import annotations
 
@@ -7,8 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 from segment_anything import SamAutomaticMaskGenerator as _SamAutomaticMaskGenerator
+from segment_anything.utils.amg import (
+    MaskData,
+    batched_mask_to_box,
+    calculate_stability_score,
+    is_box_near_crop_edge,
+    mask_to_rle_pytorch,
+    uncrop_masks,
+)
 
+from .decoding import decode
 from .predictor import SamPredictor
+
+CHUNK = 16  # masks at the photo's size at a time
 
 
 class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
@@ -23,3 +35,45 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         # release 1.0 makes the categories of its NMS on the default device, which fails beside boxes on CUDA
         with torch.device(self.predictor.device):
             return super().generate(image)
+
+    def _process_batch(
+        self, points: np.ndarray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]
+    ) -> MaskData:
+        """Masks of the points [N, 2] (x, y in the crop) that pass the filters, as run-lengths of the whole photo.
+
+        `segment_anything` scales all three masks of every point up and filters then; here the predicted IoU decides
+        first, and what it leaves is scaled up, judged and encoded `CHUNK` masks at a time.
+        """
+        found = decode(self.predictor, points=[[(float(x), float(y), 1)] for x, y in points])
+        scores, logits = found.scores.flatten(), found.logits.flatten(0, 1)
+        kept = torch.arange(len(scores), device=scores.device)
+        if self.pred_iou_thresh > 0.0:
+            kept = kept[scores > self.pred_iou_thresh]
+        data = MaskData()
+        for part in kept.split(CHUNK):  # of nothing, one part without masks
+            of_point = torch.as_tensor(points)[(part // found.scores.shape[1]).cpu()]
+            data.cat(self._process_masks(logits[part], scores[part], of_point.to(part.device), crop_box, orig_size))
+        return data
+
+    def _process_masks(
+        self,
+        logits: torch.Tensor,
+        scores: torch.Tensor,
+        points: torch.Tensor,
+        crop_box: list[int],
+        orig_size: tuple[int, ...],
+    ) -> MaskData:
+        """Low-resolution logits [M, h, w] to what passes the stability and the border filter."""
+        predictor, threshold = self.predictor, self.predictor.model.mask_threshold
+        masks = predictor.model.postprocess_masks(logits[:, None], predictor.input_size, predictor.original_size)[:, 0]
+        data = MaskData(masks=masks, iou_preds=scores, points=points)
+        data["stability_score"] = calculate_stability_score(masks, threshold, self.stability_score_offset)
+        if self.stability_score_thresh > 0.0:
+            data.filter(data["stability_score"] >= self.stability_score_thresh)
+        data["masks"] = data["masks"] > threshold
+        data["boxes"] = batched_mask_to_box(data["masks"])
+        height, width = orig_size
+        data.filter(~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, width, height]))
+        data["rles"] = mask_to_rle_pytorch(uncrop_masks(data["masks"], crop_box, height, width))
+        del data["masks"]
+        return data

@@ -12,8 +12,7 @@ from .config import CONFIGS, EncoderConfig
 from .modeling.image_encoder import OUT_CHANNELS, ImageEncoder
 from .modeling.sam import Sam
 from .modeling.windows import PATCH
-
-DTYPES = ("float32",)
+from .precision import resolve_dtype
 
 
 def build_sam(
@@ -32,12 +31,13 @@ def build_sam(
         image_size: side of the square input in pixels, a multiple of 16. None: that of the checkpoint, 1024 without.
             Positions are resampled when it differs from the checkpoint's.
         keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it).
-        dtype: what the encoder computes in.
+        dtype: what the encoder's products are computed and its weights held in, "float32", "bfloat16" (half the
+            memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where this processor has
+            instructions for it). Input, embedding and decoder are float32 whatever it is.
 
     Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, is {dtype!r}")
+    compute = resolve_dtype(dtype)
     state = None
     if checkpoint is not None:
         state, _ = ckpt.read(checkpoint)
@@ -64,6 +64,7 @@ def build_sam(
     )
     if state is not None:
         ckpt.load(sam, config, state, str(checkpoint))
+    sam.image_encoder.use_dtype(compute)
     return sam.eval()
 
 

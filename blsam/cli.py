@@ -20,6 +20,7 @@ from .build_sam import sam_model_registry
 from .config import CONFIGS, dense_twin
 from .images import read_image
 from .modeling.macs import encoder_macs, sam_macs
+from .precision import DTYPES, resolve_dtype
 from .predictor import SamPredictor, check_prompts, points_outside
 from .visualize import draw_mask
 
@@ -82,6 +83,11 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
+def dtype_name(args: argparse.Namespace) -> str:
+    """The --dtype asked for, "auto" decided for the --device."""
+    return str(resolve_dtype(args.dtype, args.device)).removeprefix("torch.")
+
+
 def segment(args: argparse.Namespace) -> None:
     """One prompt on one photo: overlay, mask and json."""
     if not args.point and args.box is None:
@@ -98,7 +104,8 @@ def segment(args: argparse.Namespace) -> None:
     for x, y in points_outside(points, image.shape[:2]):
         raise UsageError(f"point {x:g},{y:g} lies outside the image of {image.shape[1]} x {image.shape[0]} pixels")
 
-    sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio)
+    build = sam_model_registry[args.model]
+    sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
     predictor = SamPredictor(sam.to(args.device))
     start = time.perf_counter()
     predictor.set_image(image)
@@ -151,7 +158,16 @@ def models(args: argparse.Namespace) -> None:
         has = "shipped" if shipped_checkpoint(name).is_file() else "-"
         dense, ours = sam_macs(dense_twin(config)) / 1e9, encoder_macs(config) / 1e9
         print(f"{name:<12} {parameters:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has}")
+    auto = str(resolve_dtype("auto")).removeprefix("torch.")
+    print(
+        f"dtype auto on this processor: {auto}"
+        + (f", on its GPU: {_gpu_dtype()}" if torch.cuda.is_available() else "")
+    )
     print("GMACs of the encoder at 1024 x 1024: the dense model as segment_anything computes it, and ours")
+
+
+def _gpu_dtype() -> str:
+    return str(resolve_dtype("auto", "cuda")).removeprefix("torch.")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,6 +183,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep-ratio", type=float, default=0.25, help="share of tokens that run through the wide blocks")
     add("--image-size", type=int, help="side of the model's input, a multiple of 16; default: the checkpoint's")
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--dtype", choices=DTYPES, default="auto", help="of the encoder; auto: bfloat16 where there is hardware for it"
+    )
     add("-o", "--output", type=Path, metavar="OUT.png", help="overlay; default IMAGE_mask.png")
     add("--mask", type=Path, metavar="OUT.png", help="the mask alone, 0 and 255")
     add("--json", type=Path, metavar="OUT.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,9 +31,9 @@ class SamPredictor(_SamPredictor):
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
 
     def reset_image(self) -> None:
-        """Forget the photo."""
+        """Forget the photo, or the photos."""
         super().reset_image()
-        self.routing = None
+        self.routing = self._batch = None
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: torch.Tensor, original_image_size: tuple[int, int]) -> None:
@@ -45,6 +46,30 @@ class SamPredictor(_SamPredictor):
         self.original_size = tuple(original_image_size)
         self.input_size = shape[-2:]
         self.features, self.routing = self.model.encode_images([transformed_image])
+        self.is_image_set = True
+
+    @torch.no_grad()
+    def set_images(self, images: Sequence[np.ndarray]) -> None:
+        """Encode several photos together, uint8 [H, W, 3] RGB of any sizes; `use_image` then says which one is meant."""
+        if not len(images):
+            raise ValueError("set_images needs at least one image")
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise ValueError(f"an image must be uint8 [H, W, 3], is {image.dtype} {list(image.shape)}")
+        resized = [self.transform.apply_image(image) for image in images]
+        tensors = [torch.as_tensor(r, device=self.device).permute(2, 0, 1).contiguous() for r in resized]
+        features, routing = self.model.encode_images(tensors)
+        self._batch = [
+            (features[i : i + 1], routing.of_image(i), tuple(image.shape[:2]), tuple(tensor.shape[-2:]))
+            for i, (image, tensor) in enumerate(zip(images, tensors))
+        ]
+        self.use_image(0)
+
+    def use_image(self, number: int) -> None:
+        """Let `predict` work on image `number`, from 0, of the last `set_images`."""
+        if self._batch is None or not 0 <= number < len(self._batch):
+            raise ValueError(f"image {number} is none of the {len(self._batch or ())} that set_images encoded")
+        self.features, self.routing, self.original_size, self.input_size = self._batch[number]
         self.is_image_set = True
 
     def predict(

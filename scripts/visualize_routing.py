@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
 from blsam.checkpoint import write_atomically
-from blsam.cli import DEFAULT_MODEL, UsageError, find_checkpoint, parse_device
+from blsam.cli import DEFAULT_MODEL, UsageError, dtype_name, find_checkpoint, parse_device
 from blsam.config import CONFIGS
 from blsam.evaluation.commands import run_script
 from blsam.images import read_image
+from blsam.precision import DTYPES
 from blsam.visualize import routing_figure
 
 
@@ -31,6 +32,7 @@ def main() -> int:
     add("--keep-ratio", type=float, default=0.25)
     add("--image-size", type=int)
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default="float32", help="of the encoder")
     add("-o", "--output", type=Path, metavar="DIR", default=Path("runs/routing"))
     args = parser.parse_args()
     names = [photo.stem for photo in args.photos]
@@ -39,7 +41,8 @@ def main() -> int:
     images = [read_image(photo) for photo in args.photos]
 
     checkpoint = find_checkpoint(args.model, args.checkpoint)
-    sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio)
+    build = sam_model_registry[args.model]
+    sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
     predictor = SamPredictor(sam.to(args.device))
     for name, image in zip(names, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
         predictor.set_image(image)

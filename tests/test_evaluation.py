@@ -15,7 +15,7 @@ from test_annotations import annotation, dataset  # noqa: F401 (a fixture)
 from blsam import SamPredictor, sam_model_registry
 from blsam.data.annotations import Annotations, encode_mask
 from blsam.data.prompts import centre_point
-from blsam.evaluation.decoding import decode, upscale
+from blsam.decoding import decode, upscale
 from blsam.evaluation.instance_ap import InstanceAP, predict_boxes, read_detections, true_boxes
 from blsam.evaluation.prompted import (
     DISC_RADII,

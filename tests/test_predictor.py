@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import segment_anything as sa
 import torch
-from conftest import DATA, reference_encoder
+from conftest import DATA, gap, reference_encoder
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from skimage import data
 
@@ -134,3 +134,54 @@ def test_lists_are_taken_for_arrays(small):
     from_lists = predictor.predict(point_coords=[[150, 120]], point_labels=[1], box=[60, 20, 250, 280])
     arrays = predictor.predict(np.array([[150, 120]]), np.array([1]), np.array([60, 20, 250, 280]))
     assert np.array_equal(from_lists[0], arrays[0])
+
+
+def test_several_images_together_equal_one_by_one(small):
+    predictor = SamPredictor(small)
+    photos = [*PHOTOS.values(), PHOTOS["landscape"][:100, :90]]
+    box = np.array([10, 10, 60, 60])
+    alone = []
+    for photo in photos:
+        predictor.set_image(photo)
+        alone.append((predictor.features.clone(), predictor.routing, predictor.predict(box=box)))
+    predictor.set_images(photos)
+    for i in reversed(range(len(photos))):
+        predictor.use_image(i)
+        features, routing, (masks, scores, _) = alone[i]
+        assert all(torch.equal(a.mask, b.mask) for a, b in zip(routing.stages, predictor.routing.stages))
+        assert gap(predictor.features, features) <= 1e-4
+        together = predictor.predict(box=box)
+        assert together[0].shape == masks.shape and (together[0] ^ masks).mean() <= 1e-3
+        assert np.allclose(together[1], scores, atol=1e-4)
+
+
+def test_set_images_checks(small):
+    predictor = SamPredictor(small)
+    with pytest.raises(ValueError, match="at least one image"):
+        predictor.set_images([])
+    with pytest.raises(ValueError, match="must be uint8"):
+        predictor.set_images([PHOTOS["landscape"].astype(float)])
+    predictor.set_images([PHOTOS["landscape"]])
+    with pytest.raises(ValueError, match="image 1 is none of the 1"):
+        predictor.use_image(1)
+    predictor.set_image(PHOTOS["landscape"])
+    with pytest.raises(ValueError, match="image 0 is none of the 0"):
+        predictor.use_image(0)
+
+
+@pytest.mark.parametrize("crops", [0, 1])
+def test_everything_equals_segment_anything_s_generator(crops):
+    """Same photo, same weights; the thresholds leave some masks and drop others."""
+    small = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=256)
+    options = dict(points_per_side=4, pred_iou_thresh=0.2, stability_score_thresh=0.2, crop_n_layers=crops)
+    theirs = sa.SamAutomaticMaskGenerator(small, **options)
+    theirs.predictor = SamPredictor(small)  # release 1.0's own fails on sizes other than 1024
+    expected, found = (g.generate(PHOTOS["landscape"]) for g in (theirs, SamAutomaticMaskGenerator(small, **options)))
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected):
+        assert a["bbox"] == b["bbox"] and a["point_coords"] == b["point_coords"]
+        assert a["predicted_iou"] == pytest.approx(b["predicted_iou"], abs=1e-4)
+        assert (a["segmentation"] ^ b["segmentation"]).mean() <= 1e-3
+    assert (
+        SamAutomaticMaskGenerator(small, points_per_side=2, pred_iou_thresh=0.999).generate(PHOTOS["portrait"]) == []
+    )

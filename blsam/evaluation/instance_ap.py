@@ -19,7 +19,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import Annotations, Photo, encode_mask
-from .decoding import decode
+from ..decoding import decode
 from .prompted import choose
 
 Detection = dict[str, Any]

@@ -14,8 +14,9 @@ import segment_anything
 import torch
 
 from .. import SamPredictor, sam_model_registry
-from ..cli import UsageError, find_checkpoint, parse_device
+from ..cli import UsageError, dtype_name, find_checkpoint, parse_device
 from ..config import CONFIGS
+from ..precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-ratio", type=float, metavar="R", help="share of tokens in the wide blocks; default 0.25")
     add("--image-size", type=int, metavar="S", help="side of the model's input; default: the checkpoint's")
     add("--predictor", choices=("blsam", "segment_anything"), default="blsam", help="the latter passes no extents")
+    add("--dtype", choices=DTYPES, default="float32", help="of the encoder")
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -66,7 +68,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
         "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint else None,
         "image_size": encoder.img_size,
         "keep_ratio": encoder.keep_ratio if ours and CONFIGS[args.model].routed else None,
-        "dtype": str(next(encoder.parameters()).dtype).removeprefix("torch."),
+        "dtype": dtype_name(args),
         "predictor": args.predictor if ours else None,
         "device": predictor.model.device.type,
     }
@@ -78,7 +80,8 @@ def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
         raise UsageError(f"no model {args.model!r}: it is one of {', '.join(CONFIGS)}, or PACKAGE:NAME")
     checkpoint = None if args.random_weights else find_checkpoint(args.model, args.checkpoint)
     keep_ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
-    sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size, keep_ratio=keep_ratio)
+    build = sam_model_registry[args.model]
+    sam = build(checkpoint, image_size=args.image_size, keep_ratio=keep_ratio, dtype=dtype_name(args))
     kind = SamPredictor if args.predictor == "blsam" else segment_anything.SamPredictor
     return kind(sam.to(args.device)), checkpoint
 
@@ -86,8 +89,8 @@ def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
 def _of_others(args: argparse.Namespace) -> tuple[Any, Path | None]:
     """PACKAGE:NAME, where PACKAGE has SAM's `sam_model_registry` (or a builder called NAME) and `SamPredictor`."""
     package, name = args.model.split(":", 1)
-    if args.keep_ratio is not None or args.image_size is not None or args.predictor != "blsam":
-        raise UsageError("--keep-ratio, --image-size and --predictor are for models of this project")
+    if (args.keep_ratio, args.image_size, args.predictor, args.dtype) != (None, None, "blsam", "float32"):
+        raise UsageError("--keep-ratio, --image-size, --predictor and --dtype are for models of this project")
     try:
         module = importlib.import_module(package)
     except ImportError as error:

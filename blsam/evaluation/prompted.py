@@ -12,7 +12,7 @@ from pycocotools import mask as rle_tools
 
 from ..data.annotations import Annotations, Photo, Target, encode_mask
 from ..data.prompts import Click
-from .decoding import Candidates, decode, upscale
+from ..decoding import Candidates, decode, upscale
 from .protocols import Protocol
 
 SIZES = {"all": (0, 1e10), "large": (96**2, 1e10), "medium": (32**2, 96**2), "small": (0, 32**2)}  # COCO's, inclusive

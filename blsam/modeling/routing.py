@@ -69,6 +69,16 @@ class Routing:
 
     stages: tuple[StageRouting, ...] = ()
 
+    def of_image(self, i: int) -> Routing:
+        """The routing of image i of the batch alone."""
+        one = slice(i, i + 1)
+        return Routing(
+            tuple(
+                StageRouting(s.mask[one], None if s.scores is None else s.scores[one], s.counts[one])
+                for s in self.stages
+            )
+        )
+
 
 # --- the routing as index lists: what the layers work with -----------------------------------------------------------
 
