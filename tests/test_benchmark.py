@@ -1,0 +1,84 @@
+"""The benchmark's arithmetic, and one small run of it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from benchmark import agreement, parse_args, rows_of, statistics_of  # noqa: E402
+from benchmark_row import Row, build, fits, time_from_parts  # noqa: E402
+
+ROW = Row("vit_t", "float32", None, 64, 1, None, None, "cpu", 2, False)
+
+
+def test_rows_are_the_product_of_what_makes_sense():
+    args = parse_args("--models segment_anything:vit_t,vit_t,blsam_vit_t --keep-ratios 0.1,0.5".split())
+    names = [row.name for row in rows_of(args, 64, 1)]
+    assert names == [
+        "segment_anything:vit_t float32",
+        "vit_t float32",
+        "vit_t bfloat16",
+        *(f"blsam_vit_t keep {keep} {dtype}" for dtype in ("float32", "bfloat16") for keep in ("0.1", "0.5")),
+    ]
+
+
+def test_macs_are_those_of_the_row():
+    routed = replace(ROW, model="blsam_vit_b", keep_ratio=0.25, image_size=1024)
+    assert routed.gmacs == pytest.approx(265.7, abs=0.1)
+    assert replace(routed, model="segment_anything:vit_b", keep_ratio=None).gmacs == pytest.approx(486.0, abs=0.1)
+    assert replace(routed, true_size=(768, 1024)).gmacs < routed.gmacs
+
+
+def test_statistics():
+    found = statistics_of([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert found["median_s"] == 3.0 and found["quartiles_s"] == [2.0, 4.0] and found["p95_s"] == pytest.approx(80.8)
+
+
+def test_same_weights_in_every_row_and_what_is_compared():
+    rows = [replace(ROW, model="segment_anything:vit_t"), ROW, replace(ROW, dtype="bfloat16")]
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        embeddings = {row: build(row)(x) for row in rows}
+    assert agreement(rows[0], embeddings) == {}
+    exact, half = (agreement(row, embeddings) for row in rows[1:])
+    assert exact["agrees_with"] == half["agrees_with"] == "segment_anything:vit_t float32"
+    assert exact["largest_gap_in_std"] <= 1e-4 and 0.999 < half["cosine"] < 1
+
+
+def test_maps_that_do_not_fit_are_noticed_and_put_together_from_parts(monkeypatch):
+    assert fits(replace(ROW, model="segment_anything:vit_t")) and fits(replace(ROW, image_size=16384))
+    assert not fits(replace(ROW, model="segment_anything:vit_b", image_size=16384))
+    monkeypatch.setattr("benchmark_row._median", lambda f: (f(), 1.0)[1])  # every part runs and counts one second
+    row = replace(ROW, model="segment_anything:vit_t", image_size=256, batch_size=2)
+    layers = 8 * 1 + 4 * (1 + 3 * 1)  # window layers; global ones: linear parts and three heads
+    assert time_from_parts(row) == 2 * (layers + 1)
+
+
+@pytest.mark.e2e
+def test_a_run(tmp_path):
+    models = "segment_anything:vit_t,vit_t,blsam_vit_t"
+    command = [
+        sys.executable,
+        str(SCRIPTS / "benchmark.py"),
+        "--models",
+        models,
+        "--image-sizes",
+        "64",
+        "--rounds",
+        "2",
+    ]
+    done = subprocess.run([*command, "--profile", "-o", tmp_path / "rows.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 and all(row["median_s"] > 0 and row["processor"] for row in rows)
+    assert rows[1]["largest_gap_in_std"] <= 1e-4
+    assert sum(rows[1]["profile"].values()) == pytest.approx(1)
+    done = subprocess.run([*command, "--dtypes", "float8"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no dtype 'float8'" in done.stderr
