@@ -1,4 +1,4 @@
-"""The command `blsam`: `blsam segment` makes a mask from clicks or a box, `blsam models` lists what there is."""
+"""The command `blsam`: `segment` makes a mask from clicks or a box, `calibrate` a model, `models` lists what there is."""
 
 from __future__ import annotations
 
@@ -190,6 +190,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mask", type=Path, metavar="OUT.png", help="the mask alone, 0 and 255")
     add("--json", type=Path, metavar="OUT.json")
     seg.set_defaults(run=segment)
+    from .training import calibrate  # which needs what is defined here
+
+    fit = commands.add_parser(
+        "calibrate", help="a blsam model from a SAM checkpoint and a few photos, without training"
+    )
+    calibrate.add_arguments(fit)
+    fit.set_defaults(run=calibrate.command)
     listing = commands.add_parser("models", help="names, sizes, costs, and which weights are present")
     listing.set_defaults(run=models)
     return parser

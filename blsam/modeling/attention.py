@@ -24,9 +24,7 @@ from torch import nn
 from .routing import Group, Part, Queries
 from .windows import regions
 
-BLOCK = (
-    2**21
-)  # logits that the blocked form holds at a time: 8 MB, which a core's cache and its neighbour's still serve
+BLOCK = 2**21  # logits that the blocked form holds at a time: 8 MB, so that the passes over them stay in the cache
 ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
 
@@ -146,7 +144,7 @@ class Attention(nn.Module):
     def _grid_rel_pos(
         self, q: torch.Tensor, shape: tuple[int, int], size: tuple[int, int], scale: float
     ) -> list[torch.Tensor]:
-        """Position logits over `scale` of queries that are whole windows of `shape`, in windows of `size`.
+        """Position logits, times `scale`, of queries that are whole windows of `shape`, in windows of `size`.
 
         q [..., h, w, d] -> [..., h, w, size_h] and [..., h, w, size_w]. One row of a table serves a row of queries.
         """

@@ -117,13 +117,23 @@ class RoutedBlock(Block):
         self.fusion = Fusion(1 if self.once else 2, self.e_block is not None)
 
     def forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
-        rows, d_p = x.flatten(0, 2), self.attention(x, stage.selection)
-        with_e = rows + self.e_block.attention(x) if self.e_block else None
         if self.once:  # the paper's figure 2: both branches run through, then one fusion
+            rows, d_p = x.flatten(0, 2), self.attention(x, stage.selection)
             d_p = d_p + self.feed_forward(_take(rows, stage.selection) + d_p)
+            with_e = rows + self.e_block.attention(x) if self.e_block else None
             with_e = with_e + self.e_block.feed_forward(with_e) if self.e_block else None
             return self.fusion(0, rows, with_e, d_p, stage).view(x.shape)
-        rows = self.fusion(0, rows, with_e, d_p, stage)
+        return self.fuse_feed_forward(self.fuse_attention(x, stage), stage)
+
+    def fuse_attention(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
+        """The layer's first half: [B, H, W, C] -> [B, H, W, C]."""
+        rows, d_p = x.flatten(0, 2), self.attention(x, stage.selection)
+        with_e = rows + self.e_block.attention(x) if self.e_block else None
+        return self.fusion(0, rows, with_e, d_p, stage).view(x.shape)
+
+    def fuse_feed_forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
+        """The layer's second half: [B, H, W, C] -> [B, H, W, C]."""
+        rows = x.flatten(0, 2)
         d_p = self.feed_forward(_take(rows, stage.selection))
         with_e = rows + self.e_block.feed_forward(rows) if self.e_block else None
         return self.fusion(1, rows, with_e, d_p, stage).view(x.shape)

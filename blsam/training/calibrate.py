@@ -1,0 +1,190 @@
+"""`blsam calibrate`: a SAM checkpoint and a folder of photos in, a checkpoint of a `blsam_*` model out."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .. import checkpoint as ckpt
+from ..build_sam import sam_model_registry
+from ..config import CONFIGS
+from ..data.annotations import Annotations
+from ..data.sa1b import IMAGE_SUFFIXES
+from ..evaluation.prompted import PromptedIoU, predict_objects
+from ..evaluation.protocols import PROTOCOLS
+from ..images import read_image
+from ..modeling.sam import Sam
+from ..predictor import SamPredictor
+from .calibration import Calibration, Settings
+
+KEEP_RATIOS = (0.1, 0.25, 0.5)
+
+
+def default_limit(model: str) -> int:
+    """Photos used when nobody says how many."""
+    return 64 if CONFIGS[model].dim < 384 else 16
+
+
+def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
+    """A seeded choice of the folder's photos, in the order of their names; FileNotFoundError or ValueError."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    photos = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+    if len(photos) < 2 or limit < 2:
+        raise ValueError(f"calibration needs at least 2 photos; {folder} has {len(photos)}, the limit is {limit}")
+    order = np.random.default_rng(seed).permutation(len(photos))[:limit]
+    return [photos[i] for i in sorted(order)]
+
+
+def calibrate(
+    model: str,
+    checkpoint: str | Path,
+    photos: Sequence[Path],
+    output: str | Path,
+    *,
+    image_size: int | None = None,
+    settings: Settings | None = None,
+    annotations: Annotations | None = None,
+    device: torch.device | str = "cpu",
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Fit `model` (a `blsam_*`) to a SAM checkpoint on unlabelled photos, write it to `output`, return the report.
+
+    The report: `by_keep_ratio`, a list of keep_ratio, cosine_before and cosine_after (held-out photos, to the dense
+    embedding; before: zero E-branches and a fresh seeded predictor) and, with annotations, box_miou_before, _after,
+    _dense in percent; seconds, photos, peak memory in GB, what each branch explains, whether drift correction was kept.
+    A run of the same settings that was killed goes on from `output`.calibration/.
+    """
+    settings = settings or Settings()
+    output, began = Path(output), time.perf_counter()
+    torch.manual_seed(settings.seed)
+    sam = sam_model_registry[model](checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio).to(device)
+    transform = SamPredictor(sam).transform
+
+    def inputs(i: int) -> tuple[torch.Tensor, tuple[int, int]]:
+        resized = torch.as_tensor(transform.apply_image(read_image(photos[i]))).permute(2, 0, 1).to(device)
+        return sam.preprocess(resized), tuple(resized.shape[-2:])
+
+    folder = output.with_name(output.name + ".calibration")
+    identity = hashlib.sha256(Path(checkpoint).read_bytes())
+    identity.update(json.dumps([model, sam.image_encoder.img_size, [str(p) for p in photos]]).encode())
+    with tqdm(total=100, unit="%", disable=quiet or not sys.stderr.isatty()) as bar:
+
+        def progress(text: str, done: float) -> None:
+            share = done / 2 if text.startswith("pass 1") else (1 + done) / 2
+            bar.n = round(100 * share)
+            bar.set_postfix_str(text)
+
+        run = Calibration(sam, inputs, len(photos), settings, folder, identity.hexdigest(), progress)
+        rows = [{"keep_ratio": keep, "cosine_before": run.cosine(keep)} for keep in KEEP_RATIOS]
+        if annotations is not None:
+            for row in rows:
+                row["box_miou_before"] = box_miou(sam, annotations, row["keep_ratio"])
+        found = run.run()
+    for row in rows:
+        row["cosine_after"] = run.cosine(row["keep_ratio"])
+        if annotations is not None:
+            row["box_miou_after"] = box_miou(sam, annotations, row["keep_ratio"])
+            row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(sam, annotations, 1.0)
+    report = {"by_keep_ratio": rows, **found, "photos": len(photos), "seconds": time.perf_counter() - began}
+    report["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    metadata = {"model": model, "image_size": sam.image_encoder.img_size, "calibration": report}
+    ckpt.save(output, sam.state_dict(), metadata)
+    shutil.rmtree(folder)
+    return report
+
+
+def box_miou(sam: Sam, annotations: Annotations, keep_ratio: float) -> float:
+    """Mean IoU in percent of box prompts, protocol `paper`."""
+    protocol, predictor = PROTOCOLS["paper"], SamPredictor(sam)
+    evaluator = PromptedIoU(annotations, protocol, "box")
+    before, sam.image_encoder.keep_ratio = sam.image_encoder.keep_ratio, keep_ratio
+    for photo in annotations.photos:
+        targets, _ = annotations.targets(photo, crowd=protocol.crowd)
+        if targets:
+            predictor.set_image(read_image(photo.path, upright=False))
+            evaluator.process(photo, predict_objects(predictor, targets, protocol, "box", 1, seed=0))
+    sam.image_encoder.keep_ratio = before
+    return evaluator.evaluate()["miou"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `blsam calibrate`."""
+    from ..cli import parse_device
+
+    add, defaults = parser.add_argument, Settings()
+    add("--model", required=True, choices=[name for name, config in CONFIGS.items() if config.routed])
+    add("--checkpoint", type=Path, required=True, help="of the dense model, in SAM's format")
+    add("--images", type=Path, required=True, metavar="DIR", help="photos, unlabelled")
+    add("--annotations", type=Path, metavar="JSON", help="COCO's format: box mean IoU before and after")
+    add("--annotation-images", type=Path, metavar="DIR")
+    add("--image-size", type=int, help="default: the checkpoint's")
+    add("--keep-ratio", type=float, default=defaults.keep_ratio)
+    add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
+    add("--steps", type=int, default=defaults.steps, help="of each fit; half as many in the correction")
+    add("--seed", type=int, default=defaults.seed)
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--json", type=Path, metavar="OUT", help="the report")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="checkpoint, .safetensors or .pth")
+
+
+def command(args: argparse.Namespace) -> None:
+    """`blsam calibrate`."""
+    if (args.annotations is None) != (args.annotation_images is None):
+        raise ValueError("--annotations and --annotation-images go together")
+    if args.steps < 2 or not 0 < args.keep_ratio < 1:
+        raise ValueError("--steps is at least 2, --keep-ratio lies between 0 and 1")
+    ckpt.checked_path(args.checkpoint)
+    if args.output.suffix not in ckpt.SUFFIXES:
+        raise ValueError(f"{args.output}: a checkpoint ends in {', '.join(ckpt.SUFFIXES)}")
+    photos = choose_photos(args.images, args.limit or default_limit(args.model), args.seed)
+    annotations = None
+    if args.annotations is not None:
+        annotations = Annotations(args.annotations, args.annotation_images, "coco")
+    settings = replace(
+        Settings(), steps=args.steps, drift_steps=args.steps // 2, keep_ratio=args.keep_ratio, seed=args.seed
+    )
+    report = calibrate(
+        args.model,
+        args.checkpoint,
+        photos,
+        args.output,
+        image_size=args.image_size,
+        settings=settings,
+        annotations=annotations,
+        device=args.device,
+    )
+    print(table(report))
+    print(
+        f"{args.output}: {report['photos']} photos, {report['seconds'] / 60:.1f} minutes, peak {report['peak_gb']:.1f} GB"
+    )
+    if args.json:
+        text = json.dumps(report, indent=1)
+        ckpt.write_atomically(args.json, lambda path: Path(path).write_text(text + "\n"))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report by keep ratio, for people."""
+    lines = [
+        "keep   cosine before   after"
+        + ("   box mIoU before   after   dense" if "box_miou_after" in report["by_keep_ratio"][0] else "")
+    ]
+    for row in report["by_keep_ratio"]:
+        line = f"{row['keep_ratio']:<5g}{row['cosine_before']:>15.4f}{row['cosine_after']:>8.4f}"
+        if "box_miou_after" in row:
+            line += f"{row['box_miou_before']:>18.2f}{row['box_miou_after']:>8.2f}{row['box_miou_dense']:>8.2f}"
+        lines.append(line)
+    return "\n".join(lines)

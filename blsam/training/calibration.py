@@ -1,0 +1,390 @@
+"""A usable bLSAM from a SAM checkpoint and a few photos, without labels and without training end to end (ours).
+
+Layer by layer, with no backward pass through the network:
+
+1. *Fit* each E-branch to what the P-branch adds to all tokens of the dense model's own stream.
+2. *Choose*: fit each importance predictor to where the E-branches of its stage are worst.
+3. *Correct the drift*: run the routed model's stream beside the dense one's and fit each E-branch again, on the tokens
+   that are not prime, to what brings them back to the dense stream. Kept only if held-out photos say that it helps.
+
+Both streams lie on disk, so memory does not grow with the number of photos. After every layer the state is written; a
+run that was killed goes on from there and ends with the same weights, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..checkpoint import write_atomically
+from ..modeling.blocks import RoutedBlock
+from ..modeling.routing import Stage, route
+from ..modeling.sam import Sam
+from ..modeling.windows import real_tokens
+
+HELD_OUT = 5  # every fifth photo is for the report, not for the fit
+ROWS = 2048  # tokens of a feed-forward step
+
+
+@dataclass(frozen=True)
+class Settings:
+    """steps: AdamW steps for each E-branch and predictor; drift_steps: for each E-branch in the third pass."""
+
+    steps: int = 300
+    drift_steps: int = 150
+    batch_size: int = 2  # photos of an attention step
+    lr: float = 2e-3
+    drift_lr: float = 5e-4
+    keep_ratio: float = 0.25
+    seed: int = 0
+
+
+class Streams:
+    """What all photos hold at one place of the network, on disk: one file [photos, H, W, C] float32 for each name."""
+
+    def __init__(self, folder: Path, photos: int, grid: tuple[int, int], dim: int, device: torch.device) -> None:
+        self.folder, self.shape, self.device = folder, (photos, *grid, dim), device
+
+    def write(self, name: str, make: Callable[[int], torch.Tensor], channels: int | None = None) -> None:
+        """Fill `name` with make(i) for every photo i."""
+        shape = (*self.shape[:3], channels or self.shape[3])
+        file = np.lib.format.open_memmap(self._path(name), "w+", np.float32, shape)
+        for i in range(shape[0]):
+            file[i] = make(i).view(shape[1:]).float().cpu().numpy()
+        file.flush()
+
+    def read(self, name: str, i: int | np.ndarray) -> torch.Tensor:
+        """Photo i, or several: [1 or n, H, W, C]."""
+        file = np.load(self._path(name), mmap_mode="r")
+        return torch.from_numpy(np.array(file[i]).reshape(-1, *file.shape[1:])).to(self.device)
+
+    def rows(self, name: str, places: np.ndarray) -> torch.Tensor:
+        """Tokens anywhere, by their place among all tokens of all photos: [n, C]."""
+        file = np.load(self._path(name), mmap_mode="r")
+        return torch.from_numpy(file.reshape(-1, file.shape[-1])[places]).to(self.device)
+
+    def keep_only(self, names: Sequence[str]) -> None:
+        """Delete the files of other names."""
+        for path in self.folder.glob("*.npy"):
+            if path.stem not in names:
+                path.unlink()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npy"
+
+
+class Calibration:
+    """One run: `run()` fits the encoder of `sam` in place and returns what it found.
+
+    sam: a `blsam_*` model warm-started from a SAM checkpoint, in float32. inputs: preprocessed photos [3, S, S] with
+    their true sizes (h, w). folder: the run's files. identity: what else must be the same when a run goes on. progress:
+    called after every layer with a line and the share of its pass that is done.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        inputs: Callable[[int], tuple[torch.Tensor, tuple[int, int]]],
+        count: int,
+        settings: Settings,
+        folder: Path,
+        identity: str = "",
+        progress: Callable[[str, float], None] = lambda text, done: None,
+    ) -> None:
+        self.encoder, self.inputs, self.count, self.settings = sam.image_encoder, inputs, count, settings
+        self.folder, self.progress = folder, progress
+        self.identity = json.dumps(asdict(settings)) + identity
+        self.held_out = np.arange(count)[HELD_OUT - 1 :: HELD_OUT] if count >= HELD_OUT else np.array([count - 1])
+        self.fitted = np.setdiff1d(np.arange(count), self.held_out)
+        side = self.encoder.img_size // 16
+        folder.mkdir(parents=True, exist_ok=True)
+        self.streams = Streams(folder, count, (side, side), self.encoder.config.dim, sam.device)
+        self.sizes = [inputs(i)[1] for i in range(count)]
+        self.layers = [i for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)]
+        self.fits: dict[str, float] = {}
+
+    # --- the three passes ---------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Fit, choose, correct; returns the fit of each branch and whether the third pass was kept."""
+        state = self._resume()
+        if state["pass"] == 1:
+            self._dense_pass(state["layer"])
+            fitted = self._learnt()
+            write_atomically(self.folder / "fitted.pt", lambda path: torch.save(fitted, path))
+            state = self._save(3, self.layers[0], ("dense-start",))
+        fitted = torch.load(self.folder / "fitted.pt", weights_only=True)
+        if state["pass"] == 3:
+            self._drift_pass(state["layer"])
+            self._save(4, 0, ("dense-end",))
+        corrected = self._learnt()
+        cosines = {"corrected": self.cosine()}
+        self.encoder.load_state_dict(fitted, strict=False)
+        cosines["fitted"] = self.cosine()
+        kept = cosines["corrected"] > cosines["fitted"]
+        if kept:
+            self.encoder.load_state_dict(corrected, strict=False)
+        return {"explained": self.fits, "cosine": cosines, "drift_pass_kept": kept}
+
+    @torch.no_grad()
+    def _dense_pass(self, start: int) -> None:
+        """Passes 1 and 2 from layer `start` on, along the dense model's stream."""
+        streams, encoder, config = self.streams, self.encoder, self.encoder.config
+        if start == 0:
+            streams.write("dense-0", self._embed)
+        for i in range(start, config.depth):
+            block, before, after = encoder.blocks[i], f"dense-{i}", f"dense-{i + 1}"
+            stage = config.stage_of(i)
+            kept = [after, f"scored-{stage}", f"residual-{i + 1}"]
+            if not isinstance(block, RoutedBlock):
+                streams.write(after, lambda j, block=block, before=before: block(streams.read(before, j)))
+            else:
+                began = time.perf_counter()
+                self._fit_layer(i, block)
+                self._report(i, began, 1)
+            if stage is not None and (i in config.predictor_layers or i == config.depth - 1):
+                self._fit_predictor(stage, f"residual-{i + 1}")
+            if i in config.predictor_layers:
+                new = 0 if stage is None else stage + 1
+                for name in [f"scored-{new}", *(["dense-start"] if new == 0 else [])]:
+                    streams.write(name, lambda j, after=after: streams.read(after, j))
+                streams.write(f"residual-{i + 1}", lambda j: torch.zeros(streams.shape[1:3]), channels=1)
+                kept.append(f"scored-{new}")
+            self._save(1, i + 1, kept)
+
+    def _fit_layer(self, i: int, block: RoutedBlock) -> None:
+        """Both E-branches of a layer, then the layer's dense output and what the branches leave unexplained."""
+        streams, e, seed = self.streams, block.e_block, self.settings.seed
+        before, middle, after = f"dense-{i}", f"middle-{i}", f"dense-{i + 1}"
+        streams.write("target", lambda j: block.attention(streams.read(before, j)))
+        if e is not None:
+            of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
+            self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
+        left = self._left_over(i, lambda j: None if e is None else e.attention(streams.read(before, j)))
+        streams.write(middle, lambda j: streams.read(before, j) + streams.read("target", j))
+        streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
+        if e is not None:
+            of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
+            self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
+        more = self._left_over(i, lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
+        streams.write(
+            f"residual-{i + 1}", lambda j: streams.read(f"residual-{i}", j)[0, ..., 0] + left[j] + more[j], channels=1
+        )
+        streams.write(after, lambda j: streams.read(middle, j) + streams.read("target", j))
+
+    def _left_over(self, i: int, branch: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor]:
+        """Squared distance between target and branch for every token of every photo: [H, W] each."""
+        found = []
+        for j in range(self.count):
+            target, d_e = self.streams.read("target", j), branch(j)
+            distance = target if d_e is None else target - d_e.view(target.shape)
+            found.append(distance.square().sum(-1)[0])
+        return found
+
+    @torch.enable_grad()
+    def _fit_predictor(self, stage: int, residual: str) -> None:
+        """The stage's predictor, to the tokens of each window on which the E-branches are worst."""
+        predictor, window, keep = self.encoder.predictors[stage], self.encoder.config.window, self.settings.keep_ratio
+        labels, real = [], []
+        side = self.streams.shape[1]
+        for j in self.fitted:
+            left = self.streams.read(residual, j)[..., 0]
+            labels.append(route(left, left, window, keep, [self.sizes[j]]).mask.flatten().cpu())
+            real.append(real_tokens(side, side, torch.tensor([self.sizes[j]])).flatten())
+        labels, real = torch.cat(labels), torch.cat(real)
+        tokens = side * side
+        places = (torch.as_tensor(self.fitted)[:, None] * tokens + torch.arange(tokens)).flatten()[real].numpy()
+        labels = labels[real].to(self.streams.device)
+        rng = np.random.default_rng([self.settings.seed, 2, stage])
+        weight = torch.tensor([keep, 1 - keep], device=labels.device)  # as if both classes were equally frequent
+
+        def loss(step: int) -> torch.Tensor:
+            chosen = rng.integers(len(places), size=2 * ROWS)
+            x = self.streams.rows(f"scored-{stage}", places[chosen])
+            return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
+
+        _descend(list(predictor.parameters()), loss, self.settings.steps, self.settings.lr)
+
+    # --- the third pass -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _drift_pass(self, start: int) -> None:
+        """Both streams from the first routed layer on: the student's E-branches learn to come back to the dense one."""
+        streams, encoder, config = self.streams, self.encoder, self.encoder.config
+        first = self.layers[0]
+        if start == first:
+            for name in (f"dense-{first}", f"student-{first}", "routed-0"):
+                streams.write(name, lambda j: streams.read("dense-start", j))
+        for i in range(start, config.depth):
+            block, e, began = encoder.blocks[i], encoder.blocks[i].e_block, time.perf_counter()
+            stage = config.stage_of(i)
+            stages, kept = self._stages(stage), [f"dense-{i + 1}", f"student-{i + 1}", f"routed-{stage}"]
+            dense, student = f"dense-{i}", f"student-{i}"
+            streams.write("dense-middle", lambda j, b=block, n=dense: _add(streams.read(n, j), b.attention))
+            if e is not None:
+                self._towards("dense-middle", student)
+                of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
+                self._fit_attention(e, of_attention, student, [self.settings.seed, 3, i, 0], stages)
+            streams.write(
+                "student-middle", lambda j, b=block, n=student, s=stages: b.fuse_attention(streams.read(n, j), s[j])
+            )
+            streams.write(f"dense-{i + 1}", lambda j, b=block: _add(streams.read("dense-middle", j), _rows(b)))
+            if e is not None:
+                self._towards(f"dense-{i + 1}", "student-middle")
+                of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
+                self._fit_rows(e, of_rows, "student-middle", [self.settings.seed, 3, i, 1], stages)
+            streams.write(
+                f"student-{i + 1}",
+                lambda j, b=block, s=stages: b.fuse_feed_forward(streams.read("student-middle", j), s[j]),
+            )
+            if i in config.predictor_layers:
+                kept.append(f"routed-{stage + 1}")
+                streams.write(kept[-1], lambda j, n=f"student-{i + 1}": streams.read(n, j))
+            self._report(i, began, 3)
+            self._save(3, i + 1, kept)
+
+    def _towards(self, goal: str, start: str) -> None:
+        self.streams.write("target", lambda j: self.streams.read(goal, j) - self.streams.read(start, j))
+
+    def _stages(self, number: int) -> list[Stage]:
+        """The routing of every photo by the fitted predictor on the student's stream where the stage begins."""
+        found = []
+        for j in range(self.count):
+            scores = self.encoder.predictors[number](self.streams.read(f"routed-{number}", j))
+            ratio, window = self.settings.keep_ratio, self.encoder.config.window
+            found.append(route(scores, scores, window, ratio, [self.sizes[j]]))
+        return found
+
+    # --- fitting one branch -------------------------------------------------------------------------------------
+
+    @torch.enable_grad()
+    def _fit_attention(
+        self, e: nn.Module, parameters: list, source: str, seed: list[int], stages: list[Stage] | None = None
+    ) -> float:
+        """An E-branch's attention to "target", on whole photos; with stages on the tokens that are not prime."""
+        rng = np.random.default_rng(seed)
+
+        def loss(step: int) -> torch.Tensor:
+            photos = np.sort(rng.choice(self.fitted, min(self.settings.batch_size, len(self.fitted)), replace=False))
+            target = self.streams.read("target", photos)
+            d_e = e.attention(self.streams.read(source, photos)).view(target.shape)
+            error = (d_e - target).square().sum(-1)
+            if stages is None:
+                return error.mean() / target.square().sum(-1).mean()
+            others = ~torch.cat([stages[j].mask for j in photos])
+            return error[others].mean() / target.square().sum(-1)[others].mean()
+
+        return self._descend(parameters, loss, stages)
+
+    @torch.enable_grad()
+    def _fit_rows(
+        self, e: nn.Module, parameters: list, source: str, seed: list[int], stages: list[Stage] | None = None
+    ) -> float:
+        """An E-branch's feed-forward part to "target", on tokens drawn from all photos."""
+        rng = np.random.default_rng(seed)
+        tokens = self.streams.shape[1] * self.streams.shape[2]
+        places = (self.fitted[:, None] * tokens + np.arange(tokens)).reshape(-1)
+        if stages is not None:
+            others = torch.cat([~stages[j].mask.flatten() for j in self.fitted])
+            places = places[others.cpu().numpy()]
+
+        def loss(step: int) -> torch.Tensor:
+            chosen = np.sort(places[rng.integers(len(places), size=ROWS)])
+            target = self.streams.rows("target", chosen)
+            error = (e.feed_forward(self.streams.rows(source, chosen)) - target).square().sum(-1)
+            return error.mean() / target.square().sum(-1).mean()
+
+        return self._descend(parameters, loss, stages)
+
+    def _descend(self, parameters: list, loss: Callable[[int], torch.Tensor], stages: list[Stage] | None) -> float:
+        """Share of the target that the branch explains in the end, averaged over the last tenth of the steps."""
+        s = self.settings
+        steps, lr = (s.steps, s.lr) if stages is None else (s.drift_steps, s.drift_lr)
+        return 1 - _descend(parameters, loss, steps, lr)
+
+    # --- ends, state, report ------------------------------------------------------------------------------------
+
+    def _embed(self, j: int) -> torch.Tensor:
+        x = self.inputs(j)[0][None].to(self.streams.device)
+        return self.encoder.patch_embed(x) + self.encoder.pos_embed
+
+    @torch.no_grad()
+    def cosine(self, keep_ratio: float | None = None) -> float:
+        """Mean cosine of held-out photos' embeddings to the dense model's (keep 1), over real tokens."""
+        keep, found = keep_ratio or self.settings.keep_ratio, []
+        side = self.streams.shape[1]
+        for j in self.held_out:
+            x, size = self.inputs(j)
+            x, real = x[None].to(self.streams.device), real_tokens(side, side, torch.tensor([size]))
+            dense, ours = (self.encoder(x, true_sizes=[size], keep_ratio=k) for k in (1.0, keep))
+            found.append(F.cosine_similarity(dense, ours, dim=1).cpu()[real].mean().item())
+        return float(np.mean(found))
+
+    def _learnt(self) -> dict[str, torch.Tensor]:
+        """What calibration changes, copied."""
+        state = self.encoder.state_dict()
+        return {
+            k: v.detach().cpu().clone() for k, v in state.items() if ".e_block." in k or k.startswith("predictors")
+        }
+
+    def _save(self, number: int, layer: int, streams: Sequence[str]) -> dict[str, Any]:
+        state = {"pass": number, "layer": layer, "identity": self.identity, "fits": self.fits}
+        state |= {"learnt": self._learnt(), "streams": list(streams)}
+        write_atomically(self.folder / "state.pt", lambda path: torch.save(state, path))
+        self.streams.keep_only([*streams, "dense-start"])
+        return state
+
+    def _resume(self) -> dict[str, Any]:
+        """Where an earlier run with these settings stopped, its weights loaded; else the beginning."""
+        path = self.folder / "state.pt"
+        if not path.is_file():
+            return {"pass": 1, "layer": 0}
+        state = torch.load(path, weights_only=True)
+        if state["identity"] != self.identity:
+            raise ValueError(
+                f"{self.folder} holds a run with other settings, weights or photos; remove it to begin anew"
+            )
+        self.encoder.load_state_dict(state["learnt"], strict=False)
+        self.fits = state["fits"]
+        return state
+
+    def _report(self, layer: int, began: float, number: int) -> None:
+        done = (self.layers.index(layer) + 1) / len(self.layers)
+        fits = [f"{name.split('.')[1]} {fit:.3f}" for name, fit in self.fits.items() if name.startswith(f"{layer}.")]
+        text = f"pass {number}, layer {layer}: " + (", ".join(fits) if number == 1 else "corrected")
+        self.progress(f"{text}, {time.perf_counter() - began:.1f} s", done)
+
+
+def _descend(parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float) -> float:
+    """AdamW with a cosine to zero; the mean loss of the last tenth of the steps."""
+    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=1e-4)
+    losses = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * step / steps))
+        value = loss(step)
+        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.grad = gradient
+        optimizer.step()
+        losses.append(value.item())
+    for parameter in parameters:
+        parameter.grad = None
+    return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def _add(x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    return x + branch(x).view(x.shape)
+
+
+def _rows(block: RoutedBlock) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: block.feed_forward(x.flatten(0, 2))
