@@ -1,14 +1,17 @@
 """What several test files share: tiny models, random weights everywhere, the reference encoder, the data folder."""
 
 import os
+import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
-from segment_anything.modeling import ImageEncoderViT
 
 from blsam.config import EncoderConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from benchmark_row import reference_encoder  # noqa: E402, F401 (segment_anything's encoder, for several test files)
 
 torch.set_num_threads(2)  # other work shares the machine
 
@@ -37,20 +40,6 @@ def randomize(model, std=0.05, seed=0):
         for parameter in model.parameters():
             parameter += std * torch.randn(parameter.shape, generator=generator)
     return model.eval()
-
-
-def reference_encoder(config, size):
-    """segment_anything's encoder of the same width, depth and windows."""
-    return ImageEncoderViT(
-        img_size=size,
-        embed_dim=config.dim,
-        depth=config.depth,
-        num_heads=config.heads,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
-        use_rel_pos=True,
-        window_size=config.window,
-        global_attn_indexes=config.global_layers,
-    )
 
 
 def gap(a, b):

@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmark import agreement, parse_args, rows_of, statistics_of
+from benchmark_row import Row, build, fits, time_from_parts
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from benchmark import agreement, parse_args, rows_of, statistics_of  # noqa: E402
-from benchmark_row import Row, build, fits, time_from_parts  # noqa: E402
-
 ROW = Row("vit_t", "float32", None, 64, 1, None, None, "cpu", 2, False)
 
 

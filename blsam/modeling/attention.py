@@ -234,12 +234,12 @@ def blocked_attention(
     k, out, none = k.transpose(1, 2), torch.empty_like(q), q.new_zeros(())
     for i in range(0, groups, batch):
         for j in range(0, n, rows):
-            at = (slice(i, i + batch), slice(j, j + rows))
-            logits = torch.baddbmm(none, q[at], k[i : i + batch], beta=0, alpha=d**-0.5)
+            here = (slice(i, i + batch), slice(j, j + rows))
+            logits = torch.baddbmm(none, q[here], k[i : i + batch], beta=0, alpha=d**-0.5)
             grid = logits.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
-            grid += rel_h[at][..., None]
-            grid += rel_w[at][..., None, :]
-            out[at] = torch.bmm(logits.softmax(-1), v[i : i + batch])
+            grid += rel_h[here][..., None]
+            grid += rel_w[here][..., None, :]
+            out[here] = torch.bmm(logits.softmax(-1), v[i : i + batch])
     return out
 
 
