@@ -5,6 +5,10 @@
     python scripts/train_sam.py --model vit_t --init vit_t.safetensors --data PHOTOS --image-size 512 \
         --minutes 45 --output runs/vit_t
 
+    # a dense image encoder alone, from MobileSAM's, to be used with MobileSAM's (which is SAM's) decoder
+    python scripts/train_sam.py --stage encoder --model vit_t --init vit_t.safetensors --teacher mobile_sam \
+        --teacher-checkpoint mobile_sam.pt --distill-loss mse --data PHOTOS --image-size 256 --minutes 45 --output runs/e
+
     # its big.LITTLE student: starts from the teacher's weights, L = L_sup + 2.5 L_fd, elastic keep ratio
     python scripts/train_sam.py --model blsam_vit_t --teacher vit_t --teacher-checkpoint runs/vit_t/model.safetensors \
         --data PHOTOS --image-size 512 --keep-ratio 0.1,0.25,0.5 --minutes 45 --output runs/blsam_vit_t
@@ -29,19 +33,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import blsam
 from blsam import checkpoint as ckpt
+from blsam import sam_model_registry
 from blsam.cli import parse_device
 from blsam.config import CONFIGS
 from blsam.data.sa1b import Sample, TrainingViews, list_photos, split_photos
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
-from blsam.training.losses import MASK_LOSSES, distillation_loss, mask_iou, supervised_loss
+from blsam.training.losses import DISTILLATION_LOSSES, MASK_LOSSES, mask_iou, supervised_loss
 from blsam.training.prompts import corrective_clicks, first_clicks, noisy_boxes
+from blsam.training.teachers import TEACHERS, load_teacher
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
 
@@ -51,12 +58,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, choices=sorted(CONFIGS))
     add("--init", type=Path, help="checkpoint to start from (a blsam_* model without it: the teacher's weights)")
-    add("--teacher", choices=sorted(n for n, c in CONFIGS.items() if not c.routed))
+    add("--teacher", choices=TEACHERS)
     add("--teacher-checkpoint", type=Path)
+    add("--stage", choices=("all", "encoder"), default="all", help="encoder: distillation alone, the teacher's decoder")
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="folders of NAME.jpg + NAME.json")
     add("--image-size", type=int, default=1024)
     add("--keep-ratio", type=_ratios, default=(0.25,), metavar="R[,R...]", help="each step draws one of them")
     add("--distill-weight", type=float, default=2.5, help="weight of L_fd (the paper's best; used with --teacher)")
+    add("--distill-loss", choices=sorted(DISTILLATION_LOSSES), default="cosine")
     add("--mask-loss", choices=sorted(MASK_LOSSES), default="sam", help="balanced: better for small models and data")
     add("--lr", type=float, default=2e-4)
     add("--steps", type=int)
@@ -69,6 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--validate-every", type=int, default=500, metavar="STEPS")
     add("--save-every", type=int, default=100, metavar="STEPS")
     add("--workers", type=int, default=1)
+    add("--compile", action="store_true", help="compile the teacher's image encoder")
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=int, default=0)
     add("--output", type=Path, required=True)
@@ -78,6 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --steps or --minutes")
     if (args.teacher is None) != (args.teacher_checkpoint is None):
         parser.error("--teacher and --teacher-checkpoint go together")
+    if args.stage == "encoder" and args.teacher is None:
+        parser.error("--stage encoder learns from a --teacher")
     if CONFIGS[args.model].routed and args.init is None and args.teacher is None:
         parser.error(f"{args.model} starts from --init or from a --teacher")
     if args.output.exists() and any(args.output.iterdir()) and not args.resume:
@@ -155,27 +167,35 @@ def prompted_loss(
     return torch.stack(losses).mean(), first_iou
 
 
-def step_losses(
-    sam: Sam, teacher: Sam | None, batch: Batch, keep_ratio: float, args: argparse.Namespace, step: int
+def supervised_losses(
+    sam: Sam, embeddings: torch.Tensor, batch: Batch, args: argparse.Namespace, rng: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """The losses of one step, apart; all random draws depend on (seed, step)."""
-    rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    embeddings = sam.image_encoder(batch.images, true_sizes=batch.true_sizes, keep_ratio=keep_ratio)
+    """L_sup and the first prompts' IoU, means over the images that have an object."""
     per_image = [
         prompted_loss(sam, embedding[None], masks, boxes, args, rng)
         for embedding, (masks, boxes) in zip(embeddings, batch.objects)
         if len(masks)
     ]
-    zero = embeddings.sum() * 0  # a batch without an object still has a gradient
-    losses = {"sup": torch.stack([loss for loss, _ in per_image]).mean() if per_image else zero}
-    losses["iou"] = torch.stack([iou for _, iou in per_image]).mean() if per_image else zero.detach()
+    if not per_image:  # a batch without an object still has a gradient
+        return {"sup": embeddings.sum() * 0, "iou": embeddings.sum().detach() * 0}
+    losses, ious = zip(*per_image)
+    return {"sup": torch.stack(losses).mean(), "iou": torch.stack(ious).mean()}
+
+
+def step_losses(
+    sam: Sam, teacher: nn.Module | None, batch: Batch, keep_ratio: float, args: argparse.Namespace, step: int
+) -> dict[str, torch.Tensor]:
+    """The losses of one step, apart; all random draws depend on (seed, step)."""
+    rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+    embeddings = sam.image_encoder(batch.images, true_sizes=batch.true_sizes, keep_ratio=keep_ratio)
+    losses = {} if args.stage == "encoder" else supervised_losses(sam, embeddings, batch, args, rng)
     if teacher is not None:
         with torch.no_grad():
-            target = teacher.image_encoder(batch.images)
+            target = teacher(batch.images)
         side = embeddings.shape[-1]
         real = real_tokens(side, side, torch.tensor(batch.true_sizes, device=embeddings.device))
-        losses["fd"] = distillation_loss(embeddings, target, real)
-    losses["loss"] = losses["sup"] + args.distill_weight * losses.get("fd", 0)
+        losses["fd"] = DISTILLATION_LOSSES[args.distill_loss](embeddings, target, real)
+    losses["loss"] = losses.get("sup", 0) + args.distill_weight * losses.get("fd", 0)
     return losses
 
 
@@ -200,14 +220,21 @@ def validate(sam: Sam, loader: DataLoader, keep_ratio: float) -> dict[str, float
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def build_models(args: argparse.Namespace) -> tuple[Sam, Sam | None]:
-    build, size = blsam.sam_model_registry, args.image_size
-    teacher = None
+def build_models(args: argparse.Namespace) -> tuple[Sam, nn.Module | None]:
+    """The student, and the teacher's image encoder."""
+    teacher, decoder = None, {}
     if args.teacher is not None:
-        teacher = build[args.teacher](args.teacher_checkpoint, image_size=size).to(args.device).requires_grad_(False)
-    start = args.init or args.teacher_checkpoint
+        teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, args.image_size)
+        teacher = teacher.to(args.device, memory_format=torch.channels_last)
+        if args.compile:
+            teacher = torch.compile(teacher, options={"freezing": True})
+    start = args.init or (args.teacher_checkpoint if args.teacher in CONFIGS else None)
     torch.manual_seed(args.seed)  # fresh E-blocks and predictors
-    sam = build[args.model](start, image_size=size, keep_ratio=args.keep_ratio[0]).to(args.device)
+    build = sam_model_registry[args.model]
+    sam = build(start, image_size=args.image_size, keep_ratio=args.keep_ratio[0]).to(args.device)
+    if args.stage == "encoder":
+        sam.load_state_dict(decoder, strict=False)
+        sam.mask_decoder.requires_grad_(False)
     sam.prompt_encoder.requires_grad_(False)
     return sam, teacher
 
@@ -262,7 +289,8 @@ def main(argv: list[str] | None = None) -> int:
     ckpt.write_atomically(args.output / "config.json", lambda path: Path(path).write_text(text))
 
     total = args.steps or 10**7
-    views = TrainingViews(train_photos, args.image_size, args.max_objects, args.seed, total * args.batch_size)
+    objects = 0 if args.stage == "encoder" else args.max_objects
+    views = TrainingViews(train_photos, args.image_size, objects, args.seed, total * args.batch_size)
     rest = Subset(views, range(first * args.batch_size, len(views)))
     loader = DataLoader(rest, args.batch_size, num_workers=args.workers, collate_fn=list)
     held_out = TrainingViews(val_photos, args.image_size, args.max_objects, 0, len(val_photos)) if val_photos else None
@@ -301,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
             row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            bar.set_postfix(loss=row["loss"], iou=row["iou"])
+            bar.set_postfix({name: row[name] for name in ("loss", "iou") if name in row})
             sums = {}
         if held_out is not None and step % args.validate_every == 0:
             result = validate(ema.module, DataLoader(held_out, args.batch_size, collate_fn=list), args.keep_ratio[0])

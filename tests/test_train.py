@@ -16,7 +16,7 @@ from skimage import data
 from blsam import sam_model_registry
 from blsam.checkpoint import read
 from blsam.data.sa1b import TrainingViews, list_photos
-from blsam.training.losses import balanced_mask_loss, distillation_loss, mask_iou, sam_mask_loss
+from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, sam_mask_loss
 from blsam.training.prompts import corrective_clicks
 
 # sums over several threads depend on who is first: bit for bit is promised for one
@@ -73,7 +73,7 @@ def test_losses_on_a_hand_computed_case():
     # 1.6 x the 2 x 2 box about (1, 1) reaches the pixel centres at 0.5, 1.5 and 2.5: 9 pixels, 2 of them wrong
     assert balanced_mask_loss(half, target[:, None]).item() == pytest.approx(2 * 50 / 9 + 2 / 7, rel=1e-5)
     a, b = torch.tensor([1.0, 0]).view(1, 2, 1, 1), torch.tensor([1.0, 1]).view(1, 2, 1, 1)
-    assert distillation_loss(a, b, torch.ones(1, 1, 1, dtype=torch.bool)).item() == pytest.approx(1 - 0.5**0.5)
+    assert cosine_loss(a, b, torch.ones(1, 1, 1, dtype=torch.bool)).item() == pytest.approx(1 - 0.5**0.5)
 
 
 def test_corrective_clicks_lie_in_the_error():

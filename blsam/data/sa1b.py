@@ -66,7 +66,7 @@ class TrainingViews(Dataset):
     """Augmented views, `length` of them; number i is a pure function of (seed, i), whatever ran before.
 
     Every photo is seen once an epoch, in an order drawn for the epoch. Augmentation: scale 0.7 to 1.8, crop, mirror,
-    colour. Objects are drawn with probability proportional to area ** 0.4, so that small ones do not fill every view.
+    colour. max_objects 0: none are decoded. Objects are drawn with probability proportional to area ** 0.4, so that small ones do not fill every view.
     """
 
     def __init__(self, photos: list[Path], image_size: int, max_objects: int, seed: int, length: int) -> None:
@@ -82,8 +82,8 @@ class TrainingViews(Dataset):
         rng = np.random.default_rng([self.seed, 1, i])
         pixels, annotations = read_photo(self.photos[order[place]])
         for _ in range(10):  # a crop without any object is drawn again
-            sample = self._view(pixels, annotations, rng)
-            if len(sample.masks):
+            sample = self._view(pixels, annotations if self.max_objects else [], rng)
+            if len(sample.masks) or not self.max_objects:
                 break
         return sample
 
@@ -101,7 +101,8 @@ class TrainingViews(Dataset):
         image = _colour(image[:, ::-1] if mirror else image, rng)
         masks, boxes = [], []
         weight = np.array([max(a["area"], 1) for a in annotations], float) ** 0.4
-        for i in rng.choice(len(annotations), len(annotations), replace=False, p=weight / weight.sum()):
+        order = rng.choice(len(weight), len(weight), replace=False, p=weight / weight.sum()) if annotations else ()
+        for i in order:
             full = rle_tools.decode(annotations[i]["segmentation"])[window]
             full = full[:, ::-1] if mirror else full
             if not 0 < full.mean() <= 0.9:  # as SAM's own training leaves out what covers the image

@@ -71,6 +71,18 @@ def supervised_loss(
     return (best + F.mse_loss(scores, true_iou, reduction="none").mean(1)).mean()
 
 
-def distillation_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """L_fd: 1 - cosine of embeddings [B, C, H, W], a mean over the real tokens [B, H, W] bool."""
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=1))[real].mean()
+
+
+def relative_mse_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Squared error as a share of the teacher's variance over the real tokens; arguments as `cosine_loss` (ours).
+
+    For students that are used with the teacher's own decoder, which the size of the embedding matters to.
+    """
+    student, teacher = (x.float().movedim(1, -1)[real] for x in (student, teacher))  # [B, C, H, W] -> [n, C]
+    return (student - teacher).square().sum() / (teacher - teacher.mean(0)).square().sum()
+
+
+DISTILLATION_LOSSES = {"cosine": cosine_loss, "mse": relative_mse_loss}

@@ -1,0 +1,65 @@
+"""Teachers that a student's image encoder learns from: dense models of this project, or MobileSAM."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .. import checkpoint as ckpt
+from ..build_sam import sam_model_registry
+from ..config import CONFIGS
+
+DENSE = tuple(name for name, config in CONFIGS.items() if not config.routed)
+TEACHERS = (*DENSE, "mobile_sam")
+# what reads the embedding, and the scale it is read in
+DECODER_PARTS = ("prompt_encoder.", "mask_decoder.", "image_encoder.neck.3.")
+
+
+def load_teacher(name: str, checkpoint: str | Path, image_size: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """The frozen image encoder of a teacher, [B, 3, S, S] normalised -> [B, 256, S/16, S/16], and its decoder's weights.
+
+    The weights are those of prompt encoder, mask decoder and the encoder's last norm, with SAM's key names: a student
+    of the encoder alone starts from them (decoupled distillation, MobileSAM, arXiv 2306.14289). FileNotFoundError, CheckpointError or
+    ImportError (mobile_sam needs its package) in one line.
+    """
+    state, _ = ckpt.read(checkpoint)
+    if name == "mobile_sam":
+        encoder = _mobile_sam_encoder(image_size)
+        own = {key.removeprefix("image_encoder."): v for key, v in state.items() if key.startswith("image_encoder.")}
+        if set(own) != set(encoder.state_dict()):
+            raise ckpt.CheckpointError(f"{checkpoint} is not a MobileSAM checkpoint (its encoder is not TinyViT-5M)")
+        encoder.load_state_dict(own)
+    else:
+        encoder = sam_model_registry[name](checkpoint, image_size=image_size).image_encoder
+    decoder = {key: value for key, value in state.items() if key.startswith(DECODER_PARTS)}
+    return encoder.eval().requires_grad_(False), decoder
+
+
+def _mobile_sam_encoder(image_size: int) -> nn.Module:
+    """MobileSAM's TinyViT at any size that is a multiple of 16; the package's own takes 1024 only."""
+    try:
+        with warnings.catch_warnings():  # of timm about names that the package still uses
+            warnings.simplefilter("ignore")
+            from mobile_sam.modeling.tiny_vit_sam import TinyViT
+    except ImportError as error:
+        raise ImportError(f"the teacher mobile_sam needs: pip install mobilesam-mirror timm ({error})") from None
+
+    class Encoder(TinyViT):
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.patch_embed(x)
+            for layer in self.layers:
+                x = layer(x)
+            side = image_size // 16
+            return self.neck(x.unflatten(1, (side, side)).permute(0, 3, 1, 2))  # [B, n, C] -> [B, C, h, w]
+
+    return Encoder(
+        img_size=image_size,
+        embed_dims=[64, 128, 160, 320],
+        depths=[2, 2, 6, 2],
+        num_heads=[2, 4, 5, 10],
+        window_sizes=[7, 7, 14, 7],
+        drop_path_rate=0.0,
+    )
