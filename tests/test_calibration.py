@@ -21,7 +21,7 @@ from blsam.training.calibrate import calibrate, choose_photos
 from blsam.training.calibration import Settings
 
 DENSE = shipped_checkpoint("vit_t")
-QUICK = Settings(steps=12, drift_steps=6)
+QUICK = Settings(steps=12, stage_steps=12)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 def calibrated(photos, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "small.safetensors"
     chosen = choose_photos(photos, 64, 0)
-    settings = Settings(steps=60, drift_steps=30)
+    settings = Settings(steps=60, stage_steps=60)
     report = calibrate("blsam_vit_t", DENSE, chosen, path, image_size=128, settings=settings, quiet=True)
     return path, report
 
@@ -95,7 +95,7 @@ def test_another_run_s_folder_is_refused(photos, tmp_path, monkeypatch):
 
     chosen, path = choose_photos(photos, 3, 0), tmp_path / "a.safetensors"
     monkeypatch.setattr(
-        calibration.Calibration, "_drift_pass", lambda self, start: (_ for _ in ()).throw(OSError("stop"))
+        calibration.Calibration, "_correct", lambda self, start: (_ for _ in ()).throw(OSError("stop"))
     )
     with pytest.raises(OSError, match="stop"):
         calibrate("blsam_vit_t", DENSE, chosen, path, image_size=64, settings=QUICK, quiet=True)
@@ -122,7 +122,7 @@ def test_kill_and_resume_gives_the_same_checkpoint(photos, tmp_path):
 
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     subprocess.run(command("whole.safetensors"), check=True, capture_output=True, env=environment)
-    for stop in ((1, 5), (3, 4)):  # in the middle of the first and of the third pass
+    for stop in ((1, 5), (3, 2)):  # in the middle of the first and of the third pass
         process = subprocess.Popen(command("killed.safetensors"), env=environment, stdout=subprocess.DEVNULL)
         state = tmp_path / "killed.safetensors.calibration" / "state.pt"
         while True:

@@ -97,10 +97,14 @@ class ImageEncoder(nn.Module):
                     rank_by = self._rank_by(x, scores, image, number)
                     stage = route(scores, rank_by, self.config.window, keep_ratio, true_sizes)
                 stages.append(stage)
+        return self.embed(x), Routing(tuple(stage.as_value() for stage in stages))
+
+    def embed(self, x: torch.Tensor) -> torch.Tensor:
+        """The neck: what comes out of the last block, [B, H, W, C], -> the embedding [B, 256, H, W] float32."""
         x = x.permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
         for layer in self.neck:
             x = layer(x.to(layer.weight.dtype))
-        return x.float(), Routing(tuple(stage.as_value() for stage in stages))
+        return x.float()
 
     def _rank_by(self, x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:
         """What orders the tokens of a window: [B, H, W] float32."""

@@ -28,9 +28,7 @@ from ..evaluation.protocols import PROTOCOLS
 from ..images import read_image
 from ..modeling.sam import Sam
 from ..predictor import SamPredictor
-from .calibration import Calibration, Settings
-
-KEEP_RATIOS = (0.1, 0.25, 0.5)
+from .calibration import KEEP_RATIOS, Calibration, Settings
 
 
 def default_limit(model: str) -> int:
@@ -65,7 +63,7 @@ def calibrate(
 
     The report: `by_keep_ratio`, a list of keep_ratio, cosine_before and cosine_after (held-out photos, to the dense
     embedding; before: zero E-branches and a fresh seeded predictor) and, with annotations, box_miou_before, _after,
-    _dense in percent; seconds, photos, peak memory in GB, what each branch explains, whether drift correction was kept.
+    _dense in percent; seconds, photos, peak memory in GB, what each branch explains, whether the correction was kept.
     A run of the same settings that was killed goes on from `output`.calibration/.
     """
     settings = settings or Settings()
@@ -134,7 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="default: the checkpoint's")
     add("--keep-ratio", type=float, default=defaults.keep_ratio)
     add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
-    add("--steps", type=int, default=defaults.steps, help="of each fit; half as many in the correction")
+    add("--steps", type=int, default=defaults.steps, help="of each fit; twice as many for each stage of the correction")
     add("--seed", type=int, default=defaults.seed)
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--json", type=Path, metavar="OUT", help="the report")
@@ -155,7 +153,7 @@ def command(args: argparse.Namespace) -> None:
     if args.annotations is not None:
         annotations = Annotations(args.annotations, args.annotation_images, "coco")
     settings = replace(
-        Settings(), steps=args.steps, drift_steps=args.steps // 2, keep_ratio=args.keep_ratio, seed=args.seed
+        Settings(), steps=args.steps, stage_steps=2 * args.steps, keep_ratio=args.keep_ratio, seed=args.seed
     )
     report = calibrate(
         args.model,

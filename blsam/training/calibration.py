@@ -1,14 +1,14 @@
 """A usable bLSAM from a SAM checkpoint and a few photos, without labels and without training end to end (ours).
 
-Layer by layer, with no backward pass through the network:
-
-1. *Fit* each E-branch to what the P-branch adds to all tokens of the dense model's own stream.
+1. *Fit* each E-branch, layer by layer, to what the P-branch adds to all tokens of the dense model's own stream.
 2. *Choose*: fit each importance predictor to where the E-branches of its stage are worst.
-3. *Correct the drift*: run the routed model's stream beside the dense one's and fit each E-branch again, on the tokens
-   that are not prime, to what brings them back to the dense stream. Kept only if held-out photos say that it helps.
+3. *Correct*, stage by stage: run the routed model's own stream, and fit the stage's E-branches together so that it
+   comes out of the stage where the dense one does (out of the last: to the dense embedding), at several keep ratios.
+   Kept only if held-out photos say that it helps.
 
-Both streams lie on disk, so memory does not grow with the number of photos. After every layer the state is written; a
-run that was killed goes on from there and ends with the same weights, bit for bit on a CPU.
+No gradient passes through more than one stage. Both streams lie on disk, so memory does not grow with the number of
+photos. After every layer and stage the state is written; a run that was killed goes on from there and ends with the
+same weights, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checkpoint import write_atomically
-from ..modeling.blocks import RoutedBlock
-from ..modeling.routing import Stage, route
+from ..modeling.blocks import Block, RoutedBlock
+from ..modeling.routing import route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
+from .losses import cosine_loss
+from .starts import start_attention, start_feed_forward
 
 HELD_OUT = 5  # every fifth photo is for the report, not for the fit
 ROWS = 2048  # tokens of a feed-forward step
+STARTS = 8  # photos that the closed-form start looks at
+KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: AdamW steps for each E-branch and predictor; drift_steps: for each E-branch in the third pass."""
+    """steps: AdamW steps for each E-branch and predictor; stage_steps: for each stage in the third pass."""
 
-    steps: int = 300
-    drift_steps: int = 150
-    batch_size: int = 2  # photos of an attention step
+    steps: int = 150
+    stage_steps: int = 300
+    batch_size: int = 2  # photos of a step of attention, or of a stage
     lr: float = 2e-3
-    drift_lr: float = 5e-4
+    stage_lr: float = 1e-3
     keep_ratio: float = 0.25
     seed: int = 0
 
@@ -109,6 +113,7 @@ class Calibration:
         folder.mkdir(parents=True, exist_ok=True)
         self.streams = Streams(folder, count, (side, side), self.encoder.config.dim, sam.device)
         self.sizes = [inputs(i)[1] for i in range(count)]
+        self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
         self.layers = [i for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)]
         self.fits: dict[str, float] = {}
 
@@ -121,11 +126,11 @@ class Calibration:
             self._dense_pass(state["layer"])
             fitted = self._learnt()
             write_atomically(self.folder / "fitted.pt", lambda path: torch.save(fitted, path))
-            state = self._save(3, self.layers[0], ("dense-start",))
+            state = self._save(3, 0, ())
         fitted = torch.load(self.folder / "fitted.pt", weights_only=True)
         if state["pass"] == 3:
-            self._drift_pass(state["layer"])
-            self._save(4, 0, ("dense-end",))
+            self._correct(state["layer"])
+            self._save(4, 0, ())
         corrected = self._learnt()
         cosines = {"corrected": self.cosine()}
         self.encoder.load_state_dict(fitted, strict=False)
@@ -133,7 +138,7 @@ class Calibration:
         kept = cosines["corrected"] > cosines["fitted"]
         if kept:
             self.encoder.load_state_dict(corrected, strict=False)
-        return {"explained": self.fits, "cosine": cosines, "drift_pass_kept": kept}
+        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept}
 
     @torch.no_grad()
     def _dense_pass(self, start: int) -> None:
@@ -150,7 +155,7 @@ class Calibration:
             else:
                 began = time.perf_counter()
                 self._fit_layer(i, block)
-                self._report(i, began, 1)
+                self._report(i, began)
             if stage is not None and (i in config.predictor_layers or i == config.depth - 1):
                 self._fit_predictor(stage, f"residual-{i + 1}")
             if i in config.predictor_layers:
@@ -165,14 +170,22 @@ class Calibration:
         """Both E-branches of a layer, then the layer's dense output and what the branches leave unexplained."""
         streams, e, seed = self.streams, block.e_block, self.settings.seed
         before, middle, after = f"dense-{i}", f"middle-{i}", f"dense-{i + 1}"
+
+        def some(name: str) -> torch.Tensor:
+            return streams.read(name, self.fitted[:STARTS]).flatten(0, 2)
+
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
+            e.norm1.load_state_dict(block.norm1.state_dict())
+            start_attention(e.attn, block.attn, block.norm1(some(before)))
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
         left = self._left_over(i, lambda j: None if e is None else e.attention(streams.read(before, j)))
         streams.write(middle, lambda j: streams.read(before, j) + streams.read("target", j))
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
+            e.norm2.load_state_dict(block.norm2.state_dict())
+            start_feed_forward(e, block, block.norm2(some(middle)))
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
         more = self._left_over(i, lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
@@ -217,99 +230,96 @@ class Calibration:
     # --- the third pass -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _drift_pass(self, start: int) -> None:
-        """Both streams from the first routed layer on: the student's E-branches learn to come back to the dense one."""
-        streams, encoder, config = self.streams, self.encoder, self.encoder.config
-        first = self.layers[0]
-        if start == first:
-            for name in (f"dense-{first}", f"student-{first}", "routed-0"):
-                streams.write(name, lambda j: streams.read("dense-start", j))
-        for i in range(start, config.depth):
-            block, e, began = encoder.blocks[i], encoder.blocks[i].e_block, time.perf_counter()
-            stage = config.stage_of(i)
-            stages, kept = self._stages(stage), [f"dense-{i + 1}", f"student-{i + 1}", f"routed-{stage}"]
-            dense, student = f"dense-{i}", f"student-{i}"
-            streams.write("dense-middle", lambda j, b=block, n=dense: _add(streams.read(n, j), b.attention))
-            if e is not None:
-                self._towards("dense-middle", student)
-                of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
-                self._fit_attention(e, of_attention, student, [self.settings.seed, 3, i, 0], stages)
+    def _correct(self, start: int) -> None:
+        """Both streams stage by stage from `start` on: the student's E-branches learn to come out where the dense does."""
+        streams, config = self.streams, self.encoder.config
+        if start == 0:
+            streams.write("student-0", lambda j: streams.read("dense-start", j))
+            streams.write("goal-0", lambda j: streams.read("dense-start", j))
+        for number in range(start, len(self.encoder.predictors)):
+            began = time.perf_counter()
+            layers = [i for i in range(config.depth) if config.stage_of(i) == number]
+            streams.write(f"goal-{number + 1}", lambda j, n=number, of=layers: self._dense(streams.read(f"goal-{n}", j), of))
+            loss = self._fit_stage(number, layers)
             streams.write(
-                "student-middle", lambda j, b=block, n=student, s=stages: b.fuse_attention(streams.read(n, j), s[j])
+                f"student-{number + 1}",
+                lambda j, n=number, of=layers: self._routed(
+                    streams.read(f"student-{n}", j), n, of, [self.sizes[j]], self.settings.keep_ratio
+                ),
             )
-            streams.write(f"dense-{i + 1}", lambda j, b=block: _add(streams.read("dense-middle", j), _rows(b)))
-            if e is not None:
-                self._towards(f"dense-{i + 1}", "student-middle")
-                of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
-                self._fit_rows(e, of_rows, "student-middle", [self.settings.seed, 3, i, 1], stages)
-            streams.write(
-                f"student-{i + 1}",
-                lambda j, b=block, s=stages: b.fuse_feed_forward(streams.read("student-middle", j), s[j]),
+            self.progress(
+                f"pass 3, stage {number}: error {loss:.4f}, {time.perf_counter() - began:.1f} s",
+                (number + 1) / len(self.encoder.predictors),
             )
-            if i in config.predictor_layers:
-                kept.append(f"routed-{stage + 1}")
-                streams.write(kept[-1], lambda j, n=f"student-{i + 1}": streams.read(n, j))
-            self._report(i, began, 3)
-            self._save(3, i + 1, kept)
+            self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
 
-    def _towards(self, goal: str, start: str) -> None:
-        self.streams.write("target", lambda j: self.streams.read(goal, j) - self.streams.read(start, j))
+    def _dense(self, x: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
+        for i in layers:
+            x = Block.forward(self.encoder.blocks[i], x)
+        return x
 
-    def _stages(self, number: int) -> list[Stage]:
-        """The routing of every photo by the fitted predictor on the student's stream where the stage begins."""
-        found = []
-        for j in range(self.count):
-            scores = self.encoder.predictors[number](self.streams.read(f"routed-{number}", j))
-            ratio, window = self.settings.keep_ratio, self.encoder.config.window
-            found.append(route(scores, scores, window, ratio, [self.sizes[j]]))
-        return found
+    def _routed(
+        self, x: torch.Tensor, number: int, layers: Sequence[int], sizes: list[tuple[int, int]], keep_ratio: float
+    ) -> torch.Tensor:
+        """A stage of the student, routed by its own predictor on the stream where the stage begins."""
+        with torch.no_grad():
+            scores = self.encoder.predictors[number](x)
+        stage = route(scores, scores, self.encoder.config.window, keep_ratio, sizes)
+        for i in layers:
+            x = self.encoder.blocks[i](x, stage)
+        return x
+
+    @torch.enable_grad()
+    def _fit_stage(self, number: int, layers: Sequence[int]) -> float:
+        """The E-branches of a stage and their gammas, together; the mean loss in the end."""
+        blocks = [self.encoder.blocks[i] for i in layers if self.encoder.blocks[i].e_block is not None]
+        parameters = [p for b in blocks for p in (*b.e_block.parameters(), b.fusion.gamma)]
+        side, last = self.streams.shape[1], layers[-1] == self.encoder.config.depth - 1
+
+        def loss(step: int) -> torch.Tensor:
+            rng = np.random.default_rng([self.settings.seed, 3, number, step])
+            photos = self._draw(rng)
+            sizes = [self.sizes[j] for j in photos]
+            start = self.streams.read(f"student-{number}", photos)
+            goal = self.streams.read(f"goal-{number + 1}", photos)
+            x = self._routed(start, number, layers, sizes, self.ratios[rng.integers(len(self.ratios))])
+            if last:
+                real = real_tokens(side, side, torch.tensor(sizes, device=x.device))
+                return cosine_loss(self.encoder.embed(x), self.encoder.embed(goal), real)
+            return (x - goal).square().sum() / (goal - start).square().sum()
+
+        return _descend(parameters, loss, self.settings.stage_steps, self.settings.stage_lr)
 
     # --- fitting one branch -------------------------------------------------------------------------------------
 
     @torch.enable_grad()
-    def _fit_attention(
-        self, e: nn.Module, parameters: list, source: str, seed: list[int], stages: list[Stage] | None = None
-    ) -> float:
-        """An E-branch's attention to "target", on whole photos; with stages on the tokens that are not prime."""
-        rng = np.random.default_rng(seed)
+    def _fit_attention(self, e: nn.Module, parameters: list, source: str, seed: list[int]) -> float:
+        """An E-branch's attention to "target", on whole photos; the share of the target that it explains in the end."""
 
         def loss(step: int) -> torch.Tensor:
-            photos = np.sort(rng.choice(self.fitted, min(self.settings.batch_size, len(self.fitted)), replace=False))
+            photos = self._draw(np.random.default_rng([*seed, step]))
             target = self.streams.read("target", photos)
             d_e = e.attention(self.streams.read(source, photos)).view(target.shape)
-            error = (d_e - target).square().sum(-1)
-            if stages is None:
-                return error.mean() / target.square().sum(-1).mean()
-            others = ~torch.cat([stages[j].mask for j in photos])
-            return error[others].mean() / target.square().sum(-1)[others].mean()
+            return (d_e - target).square().sum() / target.square().sum()
 
-        return self._descend(parameters, loss, stages)
+        return 1 - _descend(parameters, loss, self.settings.steps, self.settings.lr)
 
     @torch.enable_grad()
-    def _fit_rows(
-        self, e: nn.Module, parameters: list, source: str, seed: list[int], stages: list[Stage] | None = None
-    ) -> float:
-        """An E-branch's feed-forward part to "target", on tokens drawn from all photos."""
-        rng = np.random.default_rng(seed)
+    def _fit_rows(self, e: nn.Module, parameters: list, source: str, seed: list[int]) -> float:
+        """An E-branch's feed-forward part to "target", on tokens drawn from all photos; the share it explains."""
         tokens = self.streams.shape[1] * self.streams.shape[2]
         places = (self.fitted[:, None] * tokens + np.arange(tokens)).reshape(-1)
-        if stages is not None:
-            others = torch.cat([~stages[j].mask.flatten() for j in self.fitted])
-            places = places[others.cpu().numpy()]
 
         def loss(step: int) -> torch.Tensor:
-            chosen = np.sort(places[rng.integers(len(places), size=ROWS)])
+            chosen = np.sort(places[np.random.default_rng([*seed, step]).integers(len(places), size=ROWS)])
             target = self.streams.rows("target", chosen)
-            error = (e.feed_forward(self.streams.rows(source, chosen)) - target).square().sum(-1)
-            return error.mean() / target.square().sum(-1).mean()
+            return (e.feed_forward(self.streams.rows(source, chosen)) - target).square().sum() / target.square().sum()
 
-        return self._descend(parameters, loss, stages)
+        return 1 - _descend(parameters, loss, self.settings.steps, self.settings.lr)
 
-    def _descend(self, parameters: list, loss: Callable[[int], torch.Tensor], stages: list[Stage] | None) -> float:
-        """Share of the target that the branch explains in the end, averaged over the last tenth of the steps."""
-        s = self.settings
-        steps, lr = (s.steps, s.lr) if stages is None else (s.drift_steps, s.drift_lr)
-        return 1 - _descend(parameters, loss, steps, lr)
+    def _draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Photos of one step."""
+        return np.sort(rng.choice(self.fitted, min(self.settings.batch_size, len(self.fitted)), replace=False))
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
@@ -333,7 +343,7 @@ class Calibration:
         """What calibration changes, copied."""
         state = self.encoder.state_dict()
         return {
-            k: v.detach().cpu().clone() for k, v in state.items() if ".e_block." in k or k.startswith("predictors")
+            k: v.detach().cpu().clone() for k, v in state.items() if ".e_block." in k or "gamma" in k or k.startswith("predictors")
         }
 
     def _save(self, number: int, layer: int, streams: Sequence[str]) -> dict[str, Any]:
@@ -357,11 +367,10 @@ class Calibration:
         self.fits = state["fits"]
         return state
 
-    def _report(self, layer: int, began: float, number: int) -> None:
+    def _report(self, layer: int, began: float) -> None:
         done = (self.layers.index(layer) + 1) / len(self.layers)
         fits = [f"{name.split('.')[1]} {fit:.3f}" for name, fit in self.fits.items() if name.startswith(f"{layer}.")]
-        text = f"pass {number}, layer {layer}: " + (", ".join(fits) if number == 1 else "corrected")
-        self.progress(f"{text}, {time.perf_counter() - began:.1f} s", done)
+        self.progress(f"pass 1, layer {layer}: {', '.join(fits)}, {time.perf_counter() - began:.1f} s", done)
 
 
 def _descend(parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float) -> float:
@@ -380,11 +389,3 @@ def _descend(parameters: list, loss: Callable[[int], torch.Tensor], steps: int, 
     for parameter in parameters:
         parameter.grad = None
     return float(np.mean(losses[-max(1, steps // 10) :]))
-
-
-def _add(x: torch.Tensor, branch: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    return x + branch(x).view(x.shape)
-
-
-def _rows(block: RoutedBlock) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: block.feed_forward(x.flatten(0, 2))
