@@ -60,7 +60,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--init", type=Path, help="checkpoint to start from (a blsam_* model without it: the teacher's weights)")
     add("--teacher", choices=TEACHERS)
     add("--teacher-checkpoint", type=Path)
-    add("--stage", choices=("all", "encoder"), default="all", help="encoder: distillation alone, the teacher's decoder")
+    add(
+        "--stage", choices=("all", "encoder"), default="all", help="encoder: distillation alone, the teacher's decoder"
+    )
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="folders of NAME.jpg + NAME.json")
     add("--image-size", type=int, default=1024)
     add("--keep-ratio", type=_ratios, default=(0.25,), metavar="R[,R...]", help="each step draws one of them")

@@ -66,7 +66,8 @@ class TrainingViews(Dataset):
     """Augmented views, `length` of them; number i is a pure function of (seed, i), whatever ran before.
 
     Every photo is seen once an epoch, in an order drawn for the epoch. Augmentation: scale 0.7 to 1.8, crop, mirror,
-    colour. max_objects 0: none are decoded. Objects are drawn with probability proportional to area ** 0.4, so that small ones do not fill every view.
+    colour. Objects are drawn with probability proportional to area ** 0.4, so that small ones do not fill every view;
+    with max_objects 0 none is decoded.
     """
 
     def __init__(self, photos: list[Path], image_size: int, max_objects: int, seed: int, length: int) -> None:

@@ -27,8 +27,11 @@ from ..evaluation.prompted import PromptedIoU, predict_objects
 from ..evaluation.protocols import PROTOCOLS
 from ..images import read_image
 from ..modeling.sam import Sam
+from ..precision import DTYPES
 from ..predictor import SamPredictor
 from .calibration import KEEP_RATIOS, Calibration, Settings
+
+MOST_STEPS = 1000  # of a fit, however many minutes there are
 
 
 def default_limit(model: str) -> int:
@@ -85,6 +88,8 @@ def calibrate(
             share = done / 2 if text.startswith("pass 1") else (1 + done) / 2
             bar.n = round(100 * share)
             bar.set_postfix_str(text)
+            if text.startswith("about") and not quiet:
+                tqdm.write(text, file=sys.stderr)
 
         run = Calibration(sam, inputs, len(photos), settings, folder, identity.hexdigest(), progress)
         rows = [{"keep_ratio": keep, "cosine_before": run.cosine(keep)} for keep in KEEP_RATIOS]
@@ -132,9 +137,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="default: the checkpoint's")
     add("--keep-ratio", type=float, default=defaults.keep_ratio)
     add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
-    add("--steps", type=int, default=defaults.steps, help="of each fit; twice as many for each stage of the correction")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"of each fit and each stage of the correction; {defaults.steps}")
+    length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
     add("--seed", type=int, default=defaults.seed)
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", choices=DTYPES, default=defaults.dtype, help="of the fits; auto: bfloat16 where there is hardware")
     add("--json", type=Path, metavar="OUT", help="the report")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="checkpoint, .safetensors or .pth")
 
@@ -143,8 +151,8 @@ def command(args: argparse.Namespace) -> None:
     """`blsam calibrate`."""
     if (args.annotations is None) != (args.annotation_images is None):
         raise ValueError("--annotations and --annotation-images go together")
-    if args.steps < 2 or not 0 < args.keep_ratio < 1:
-        raise ValueError("--steps is at least 2, --keep-ratio lies between 0 and 1")
+    if not 0 < args.keep_ratio < 1 or (args.steps or 0) < 0 or not (args.minutes or 1) > 0:
+        raise ValueError("--keep-ratio lies between 0 and 1, --steps is at least 0, --minutes above 0")
     ckpt.checked_path(args.checkpoint)
     if args.output.suffix not in ckpt.SUFFIXES:
         raise ValueError(f"{args.output}: a checkpoint ends in {', '.join(ckpt.SUFFIXES)}")
@@ -152,9 +160,10 @@ def command(args: argparse.Namespace) -> None:
     annotations = None
     if args.annotations is not None:
         annotations = Annotations(args.annotations, args.annotation_images, "coco")
-    settings = replace(
-        Settings(), steps=args.steps, stage_steps=2 * args.steps, keep_ratio=args.keep_ratio, seed=args.seed
-    )
+    settings = Settings(keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype)
+    steps = MOST_STEPS if args.minutes is not None else args.steps
+    if steps is not None:
+        settings = replace(settings, steps=steps, stage_steps=steps)
     report = calibrate(
         args.model,
         args.checkpoint,

@@ -30,26 +30,34 @@ from ..modeling.blocks import Block, RoutedBlock
 from ..modeling.routing import route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
+from ..precision import resolve_dtype
 from .losses import cosine_loss
 from .starts import start_attention, start_feed_forward
 
 HELD_OUT = 5  # every fifth photo is for the report, not for the fit
 ROWS = 2048  # tokens of a feed-forward step
+WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
+FITTING = 0.7  # share of the time left that goes to the fits; the rest moves the photos on
 STARTS = 8  # photos that the closed-form start looks at
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: AdamW steps for each E-branch and predictor; stage_steps: for each stage in the third pass."""
+    """steps: AdamW steps for each E-branch and predictor; stage_steps: for each stage in the third pass.
 
-    steps: int = 150
-    stage_steps: int = 300
+    minutes: wall time for the whole run; it cuts the steps of all fits evenly (and gives up exact repeatability).
+    """
+
+    steps: int = 100
+    stage_steps: int = 100
+    minutes: float | None = None
     batch_size: int = 2  # photos of a step of attention, or of a stage
     lr: float = 2e-3
     stage_lr: float = 1e-3
     keep_ratio: float = 0.25
     seed: int = 0
+    dtype: str = "auto"  # of the fits' products; weights and streams are float32
 
 
 class Streams:
@@ -116,6 +124,10 @@ class Calibration:
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
         self.layers = [i for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)]
         self.fits: dict[str, float] = {}
+        branches = sum(self.encoder.blocks[i].e_block is not None for i in self.layers)
+        self.weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
+        self.weight += len(self.encoder.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
+        self.weight_done, self.began, self.spent = 0, time.monotonic(), 0.0
 
     # --- the three passes ---------------------------------------------------------------------------------------
 
@@ -225,7 +237,7 @@ class Calibration:
             x = self.streams.rows(f"scored-{stage}", places[chosen])
             return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
 
-        _descend(list(predictor.parameters()), loss, self.settings.steps, self.settings.lr)
+        self._descend(list(predictor.parameters()), loss, self.settings.steps, self.settings.lr, WEIGHTS["predictor"])
 
     # --- the third pass -----------------------------------------------------------------------------------------
 
@@ -239,7 +251,9 @@ class Calibration:
         for number in range(start, len(self.encoder.predictors)):
             began = time.perf_counter()
             layers = [i for i in range(config.depth) if config.stage_of(i) == number]
-            streams.write(f"goal-{number + 1}", lambda j, n=number, of=layers: self._dense(streams.read(f"goal-{n}", j), of))
+            streams.write(
+                f"goal-{number + 1}", lambda j, n=number, of=layers: self._dense(streams.read(f"goal-{n}", j), of)
+            )
             loss = self._fit_stage(number, layers)
             streams.write(
                 f"student-{number + 1}",
@@ -288,7 +302,7 @@ class Calibration:
                 return cosine_loss(self.encoder.embed(x), self.encoder.embed(goal), real)
             return (x - goal).square().sum() / (goal - start).square().sum()
 
-        return _descend(parameters, loss, self.settings.stage_steps, self.settings.stage_lr)
+        return self._descend(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
 
     # --- fitting one branch -------------------------------------------------------------------------------------
 
@@ -302,7 +316,7 @@ class Calibration:
             d_e = e.attention(self.streams.read(source, photos)).view(target.shape)
             return (d_e - target).square().sum() / target.square().sum()
 
-        return 1 - _descend(parameters, loss, self.settings.steps, self.settings.lr)
+        return 1 - self._descend(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["attention"])
 
     @torch.enable_grad()
     def _fit_rows(self, e: nn.Module, parameters: list, source: str, seed: list[int]) -> float:
@@ -315,11 +329,43 @@ class Calibration:
             target = self.streams.rows("target", chosen)
             return (e.feed_forward(self.streams.rows(source, chosen)) - target).square().sum() / target.square().sum()
 
-        return 1 - _descend(parameters, loss, self.settings.steps, self.settings.lr)
+        return 1 - self._descend(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["feed_forward"])
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """Photos of one step."""
         return np.sort(rng.choice(self.fitted, min(self.settings.batch_size, len(self.fitted)), replace=False))
+
+    def _descend(
+        self, parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float, weight: int
+    ) -> float:
+        """AdamW with a cosine to zero; the mean loss of the last tenth of the steps.
+
+        With a time limit the fit takes its share of what is left, `weight` out of those of all fits to come.
+        """
+        began, limit = time.monotonic(), float("inf")
+        if self.settings.minutes is not None:
+            left = 60 * self.settings.minutes - self._seconds()
+            limit = max(0.0, FITTING * left * weight / (self.weight - self.weight_done)) or 1e-9
+        self.weight_done += weight
+        optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=1e-4)
+        half = resolve_dtype(self.settings.dtype, self.streams.device) == torch.bfloat16
+        losses = []
+        for step in range(steps):
+            progress = max(step / steps, (time.monotonic() - began) / limit)
+            if progress >= 1:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * progress))
+            with torch.autocast(self.streams.device.type, torch.bfloat16, enabled=half):
+                value = loss(step)
+            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients):
+                parameter.grad = gradient
+            optimizer.step()
+            losses.append(value.item())
+        for parameter in parameters:
+            parameter.grad = None
+        return float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else float("nan")
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
@@ -343,11 +389,14 @@ class Calibration:
         """What calibration changes, copied."""
         state = self.encoder.state_dict()
         return {
-            k: v.detach().cpu().clone() for k, v in state.items() if ".e_block." in k or "gamma" in k or k.startswith("predictors")
+            k: v.detach().cpu().clone()
+            for k, v in state.items()
+            if ".e_block." in k or "gamma" in k or k.startswith("predictors")
         }
 
     def _save(self, number: int, layer: int, streams: Sequence[str]) -> dict[str, Any]:
         state = {"pass": number, "layer": layer, "identity": self.identity, "fits": self.fits}
+        state |= {"weight_done": self.weight_done, "seconds": self._seconds()}
         state |= {"learnt": self._learnt(), "streams": list(streams)}
         write_atomically(self.folder / "state.pt", lambda path: torch.save(state, path))
         self.streams.keep_only([*streams, "dense-start"])
@@ -364,28 +413,32 @@ class Calibration:
                 f"{self.folder} holds a run with other settings, weights or photos; remove it to begin anew"
             )
         self.encoder.load_state_dict(state["learnt"], strict=False)
-        self.fits = state["fits"]
+        self.fits, self.weight_done, self.spent = state["fits"], state["weight_done"], state["seconds"]
         return state
 
     def _report(self, layer: int, began: float) -> None:
         done = (self.layers.index(layer) + 1) / len(self.layers)
         fits = [f"{name.split('.')[1]} {fit:.3f}" for name, fit in self.fits.items() if name.startswith(f"{layer}.")]
-        self.progress(f"pass 1, layer {layer}: {', '.join(fits)}, {time.perf_counter() - began:.1f} s", done)
+        seconds = time.perf_counter() - began
+        self.progress(f"pass 1, layer {layer}: {', '.join(fits)}, {seconds:.1f} s", done)
+        if layer == self.layers[0]:
+            self.progress(f"about {self._estimate(seconds) / 60:.0f} minutes in all", done)
 
+    def _estimate(self, seconds: float) -> float:
+        """Seconds of the whole run from those of the first routed layer and of one photo in each kind of layer."""
+        x, cost = self.streams.read(f"dense-{self.layers[0]}", 0), {}
+        for i in self.layers:
+            kind = self.encoder.config.is_global(i)
+            if kind not in cost:
+                began = time.perf_counter()
+                self._dense(x, [i])
+                cost[kind] = time.perf_counter() - began
+        through = sum(cost[self.encoder.config.is_global(i)] for i in self.layers)
+        fit = seconds * through / cost[self.encoder.config.is_global(self.layers[0])]
+        steps = 4 * self.settings.stage_steps * self.settings.batch_size  # forward and back, both branches
+        if self.settings.minutes is not None:
+            return 60 * self.settings.minutes
+        return fit + (steps + 2 * self.count) * through
 
-def _descend(parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float) -> float:
-    """AdamW with a cosine to zero; the mean loss of the last tenth of the steps."""
-    optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=1e-4)
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * step / steps))
-        value = loss(step)
-        gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.grad = gradient
-        optimizer.step()
-        losses.append(value.item())
-    for parameter in parameters:
-        parameter.grad = None
-    return float(np.mean(losses[-max(1, steps // 10) :]))
+    def _seconds(self) -> float:
+        return self.spent + time.monotonic() - self.began

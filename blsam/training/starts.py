@@ -1,9 +1,11 @@
-"""Closed-form starts of a narrow block from the wide one: cut to fewer channels where the tokens seen say it costs least.
+"""Closed-form starts of a narrow block from the wide one: cut to where the tokens seen say that it costs least (ours).
 
-Attention: the logits of a head are a bilinear form of the tokens, q . c, with c = scale * k or a row of the position tables. The
-narrow heads keep the directions of q that carry most of it over the tokens seen, the same ones in every head, since all
-heads share the position tables; their values keep those that carry most through the output projection. Feed-forward: the hidden units that contribute most, their inputs cut to the directions
-that drive them, their outputs fitted anew by reduced-rank regression. (All ours.)
+Attention: the logits of a head are a bilinear form of the tokens, q . c, with c = scale * k or a row of the position
+tables. The narrow heads keep the directions of q that carry most of it, the same ones in every head, since all heads
+share the position tables; their values keep those that carry most through the output projection.
+
+Feed-forward: the hidden units that contribute most, their inputs cut to the directions that drive them, their outputs
+fitted anew by reduced-rank regression.
 """
 
 from __future__ import annotations

@@ -22,8 +22,9 @@ def load_teacher(name: str, checkpoint: str | Path, image_size: int) -> tuple[nn
     """The frozen image encoder of a teacher, [B, 3, S, S] normalised -> [B, 256, S/16, S/16], and its decoder's weights.
 
     The weights are those of prompt encoder, mask decoder and the encoder's last norm, with SAM's key names: a student
-    of the encoder alone starts from them (decoupled distillation, MobileSAM, arXiv 2306.14289). FileNotFoundError, CheckpointError or
-    ImportError (mobile_sam needs its package) in one line.
+    of the encoder alone starts from them (decoupled distillation, MobileSAM, arXiv 2306.14289).
+
+    FileNotFoundError, CheckpointError or ImportError (mobile_sam needs its package) in one line.
     """
     state, _ = ckpt.read(checkpoint)
     if name == "mobile_sam":
