@@ -1,0 +1,44 @@
+"""Teachers: our dense models, and MobileSAM's encoder at sizes that its own package does not take."""
+
+import sys
+
+import pytest
+import torch
+
+from blsam.checkpoint import CheckpointError
+from blsam.cli import shipped_checkpoint
+from blsam.training.teachers import load_teacher
+
+
+@torch.no_grad()
+def test_a_dense_model_and_what_reads_its_embedding():
+    encoder, decoder = load_teacher("vit_t", shipped_checkpoint("vit_t"), 128)
+    assert encoder(torch.zeros(1, 3, 128, 128)).shape == (1, 256, 8, 8)
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert {key.split(".")[0] for key in decoder} == {"prompt_encoder", "mask_decoder", "image_encoder"}
+
+
+@torch.no_grad()
+def test_mobile_sam_equals_its_own_package(tmp_path):
+    pytest.importorskip("mobile_sam")
+    from mobile_sam import sam_model_registry
+
+    torch.manual_seed(0)
+    sam = sam_model_registry["vit_t"]().eval()
+    torch.save(sam.state_dict(), tmp_path / "mobile_sam.pt")
+    encoder, decoder = load_teacher("mobile_sam", tmp_path / "mobile_sam.pt", 1024)
+    x = torch.randn(1, 3, 1024, 1024)
+    assert torch.equal(encoder(x), sam.image_encoder(x))
+    small, _ = load_teacher("mobile_sam", tmp_path / "mobile_sam.pt", 256)
+    assert small(x[..., :256, :256]).shape == (1, 256, 16, 16)
+    assert "image_encoder.neck.3.weight" in decoder and "mask_decoder.iou_token.weight" in decoder
+
+
+def test_other_checkpoints_and_a_missing_package_are_named(monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "mobile_sam.modeling.tiny_vit_sam", None)
+        with pytest.raises(ImportError, match="pip install mobilesam-mirror"):
+            load_teacher("mobile_sam", shipped_checkpoint("vit_t"), 128)
+    pytest.importorskip("mobile_sam")
+    with pytest.raises(CheckpointError, match="not a MobileSAM checkpoint"):
+        load_teacher("mobile_sam", shipped_checkpoint("vit_t"), 128)
