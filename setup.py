@@ -3,6 +3,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 TRAIN = ["timm", "webdataset"]
+TEACHERS = ["mobilesam-mirror", "timm"]
 EVAL = ["lvis"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
 DEMO = ["gradio"]
@@ -31,10 +32,11 @@ setup(
     extras_require={
         "eval": EVAL,
         "train": TRAIN,
+        "teachers": TEACHERS,
         "export": EXPORT,
         "demo": DEMO,
         "hf": ["transformers"],
-        "test": ["pytest", "nbclient", "ipykernel", "playwright", "scikit-image", *EVAL],
+        "test": ["pytest", "nbclient", "ipykernel", "playwright", "scikit-image", *EVAL, *TEACHERS],
     },
     entry_points={"console_scripts": ["blsam=blsam.cli:main"]},
 )

@@ -66,7 +66,8 @@ def calibrate(
 
     The report: `by_keep_ratio`, a list of keep_ratio, cosine_before and cosine_after (held-out photos, to the dense
     embedding; before: zero E-branches and a fresh seeded predictor) and, with annotations, box_miou_before, _after,
-    _dense in percent; seconds, photos, peak memory in GB, what each branch explains, whether the correction was kept.
+    _dense in percent; seconds, photos, peak memory in GB, what each branch explains, whether
+    the correction was kept, a log line for each layer.
     A run of the same settings that was killed goes on from `output`.calibration/.
     """
     settings = settings or Settings()
@@ -83,8 +84,10 @@ def calibrate(
     identity = hashlib.sha256(Path(checkpoint).read_bytes())
     identity.update(json.dumps([model, sam.image_encoder.img_size, [str(p) for p in photos]]).encode())
     with tqdm(total=100, unit="%", disable=quiet or not sys.stderr.isatty()) as bar:
+        log: list[str] = []
 
         def progress(text: str, done: float) -> None:
+            log.append(text)
             share = done / 2 if text.startswith("pass 1") else (1 + done) / 2
             bar.n = round(100 * share)
             bar.set_postfix_str(text)
@@ -92,17 +95,24 @@ def calibrate(
                 tqdm.write(text, file=sys.stderr)
 
         run = Calibration(sam, inputs, len(photos), settings, folder, identity.hexdigest(), progress)
-        rows = [{"keep_ratio": keep, "cosine_before": run.cosine(keep)} for keep in KEEP_RATIOS]
+        before = run.cosines(KEEP_RATIOS)
+        rows = [{"keep_ratio": keep, "cosine_before": cosine} for keep, cosine in zip(KEEP_RATIOS, before)]
         if annotations is not None:
             for row in rows:
                 row["box_miou_before"] = box_miou(sam, annotations, row["keep_ratio"])
         found = run.run()
-    for row in rows:
-        row["cosine_after"] = run.cosine(row["keep_ratio"])
+    for row, cosine in zip(rows, run.cosines(KEEP_RATIOS)):
+        row["cosine_after"] = cosine
         if annotations is not None:
             row["box_miou_after"] = box_miou(sam, annotations, row["keep_ratio"])
             row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(sam, annotations, 1.0)
-    report = {"by_keep_ratio": rows, **found, "photos": len(photos), "seconds": time.perf_counter() - began}
+    report = {
+        "by_keep_ratio": rows,
+        **found,
+        "log": log,
+        "photos": len(photos),
+        "seconds": time.perf_counter() - began,
+    }
     report["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     metadata = {"model": model, "image_size": sam.image_encoder.img_size, "calibration": report}
     ckpt.save(output, sam.state_dict(), metadata)

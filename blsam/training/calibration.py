@@ -143,10 +143,10 @@ class Calibration:
         if state["pass"] == 3:
             self._correct(state["layer"])
             self._save(4, 0, ())
-        corrected = self._learnt()
-        cosines = {"corrected": self.cosine()}
+        corrected, ratio = self._learnt(), [self.settings.keep_ratio]
+        cosines = {"corrected": self.cosines(ratio)[0]}
         self.encoder.load_state_dict(fitted, strict=False)
-        cosines["fitted"] = self.cosine()
+        cosines["fitted"] = self.cosines(ratio)[0]
         kept = cosines["corrected"] > cosines["fitted"]
         if kept:
             self.encoder.load_state_dict(corrected, strict=False)
@@ -285,9 +285,9 @@ class Calibration:
 
     @torch.enable_grad()
     def _fit_stage(self, number: int, layers: Sequence[int]) -> float:
-        """The E-branches of a stage and their gammas, together; the mean loss in the end."""
+        """The E-branches of a stage together; the mean loss in the end."""
         blocks = [self.encoder.blocks[i] for i in layers if self.encoder.blocks[i].e_block is not None]
-        parameters = [p for b in blocks for p in (*b.e_block.parameters(), b.fusion.gamma)]
+        parameters = [p for block in blocks for p in block.e_block.parameters()]
         side, last = self.streams.shape[1], layers[-1] == self.encoder.config.depth - 1
 
         def loss(step: int) -> torch.Tensor:
@@ -374,24 +374,22 @@ class Calibration:
         return self.encoder.patch_embed(x) + self.encoder.pos_embed
 
     @torch.no_grad()
-    def cosine(self, keep_ratio: float | None = None) -> float:
-        """Mean cosine of held-out photos' embeddings to the dense model's (keep 1), over real tokens."""
-        keep, found = keep_ratio or self.settings.keep_ratio, []
-        side = self.streams.shape[1]
+    def cosines(self, keep_ratios: Sequence[float]) -> list[float]:
+        """For each keep ratio the mean cosine of held-out photos' embeddings to the dense model's, over real tokens."""
+        found, side = [], self.streams.shape[1]
         for j in self.held_out:
             x, size = self.inputs(j)
             x, real = x[None].to(self.streams.device), real_tokens(side, side, torch.tensor([size]))
-            dense, ours = (self.encoder(x, true_sizes=[size], keep_ratio=k) for k in (1.0, keep))
-            found.append(F.cosine_similarity(dense, ours, dim=1).cpu()[real].mean().item())
-        return float(np.mean(found))
+            dense = self.encoder.embed(self._dense(self._embed(j), range(self.encoder.config.depth)))
+            ours = [self.encoder(x, true_sizes=[size], keep_ratio=k) for k in keep_ratios]
+            found.append([F.cosine_similarity(dense, one, dim=1).cpu()[real].mean().item() for one in ours])
+        return np.mean(found, axis=0).tolist()
 
     def _learnt(self) -> dict[str, torch.Tensor]:
         """What calibration changes, copied."""
         state = self.encoder.state_dict()
         return {
-            k: v.detach().cpu().clone()
-            for k, v in state.items()
-            if ".e_block." in k or "gamma" in k or k.startswith("predictors")
+            k: v.detach().cpu().clone() for k, v in state.items() if ".e_block." in k or k.startswith("predictors")
         }
 
     def _save(self, number: int, layer: int, streams: Sequence[str]) -> dict[str, Any]:
