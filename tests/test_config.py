@@ -36,12 +36,20 @@ def test_layers(name):
     assert (config.dim, config.heads, config.window) == (dim, heads, window)
     if config.routed:
         assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
+        over_image = 1 if name == "blsam_vit_t" else e_heads
+        assert {config.e_heads_of(i) for i in config.global_layers} == {over_image}
     assert not dense_twin(config).routed
     assert (config.fuse, config.semi_cross, config.e_block, config.score) == ("sublayer", True, True, "predictor")
 
 
 def test_impossible_rows_are_refused():
     config = CONFIGS["blsam_vit_t"]
-    for change in ({"heads": 5}, {"e_layers": (0,)}, {"fuse": "never"}, {"predictor_layers": (3, 0)}):
+    for change in (
+        {"heads": 5},
+        {"e_global_heads": 5},
+        {"e_layers": (0,)},
+        {"fuse": "never"},
+        {"predictor_layers": (3, 0)},
+    ):
         with pytest.raises(ValueError):
             replace(config, **change)

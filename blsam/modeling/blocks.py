@@ -59,7 +59,7 @@ class EBlock(nn.Module):
         dim, inner = config.dim, config.e_dim
         self.window = 0 if config.is_global(layer) else config.window
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, inner, config.e_heads, self.window, grid)
+        self.attn = Attention(dim, inner, config.e_heads_of(layer), self.window, grid)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.entry = nn.Linear(dim, inner)
         self.mlp = MLPBlock(inner, 4 * inner)

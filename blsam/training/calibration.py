@@ -50,7 +50,7 @@ class Settings:
     """
 
     steps: int = 100
-    stage_steps: int = 100
+    stage_steps: int = 200
     minutes: float | None = None
     batch_size: int = 2  # photos of a step of attention, or of a stage
     lr: float = 2e-3
