@@ -9,7 +9,7 @@
 
 Every row is a process of its own that holds one model; rows of one image and batch size take turns, one forward pass
 each, so that a noisy hour falls on all of them. Weights are random but the same (--checkpoint gives real ones); the
-input is a fixed noise image, or a photo's extents with --true-size. The first row is what the others are compared
+input is a fixed noise image, or a photo's extents with --true-sizes. The first row is what the others are compared
 with. `floor` is the time of the model's matrix products alone, on this machine, in the same dtype.
 """
 
@@ -161,7 +161,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--keep-ratios", type=ratios, default=[0.25])
     add("--image-sizes", type=numbers, default=[1024])
     add("--batch-sizes", type=numbers, default=[1])
-    add("--true-size", type=numbers, metavar="H,W", help="of the photo in the frame, in pixels; the rest is padding")
+    add(
+        "--true-sizes",
+        type=numbers,
+        nargs="+",
+        default=[None],
+        metavar="H,W",
+        help="of the photo; the rest is padding",
+    )
     add("--checkpoint", type=Path, help="for all rows; default: random weights")
     add("--rounds", type=int, default=7, help="timed passes of each row, after one that is not counted")
     add("--threads", type=int, default=torch.get_num_threads())
@@ -177,6 +184,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for dtype in args.dtypes:
         if dtype not in DTYPES:
             parser.error(f"no dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    for extents in args.true_sizes:
+        if extents is not None and (len(extents) != 2 or not all(1 <= n <= min(args.image_sizes) for n in extents)):
+            parser.error("--true-sizes are H,W in pixels, within the image size")
     if args.rounds < 1 or any(size < 16 or size % 16 for size in args.image_sizes):
         parser.error("--rounds is at least 1, --image-sizes are multiples of 16")
     if args.checkpoint and (not args.checkpoint.is_file() or any(REFERENCE in name for name in args.models)):
@@ -191,11 +201,11 @@ def rows_of(args: argparse.Namespace, size: int, batch: int) -> list[Row]:
         routed = CONFIGS[model.removeprefix(REFERENCE)].routed
         for dtype in ["float32"] if reference else args.dtypes:
             for keep in args.keep_ratios if routed else [None]:
-                for compiled in [False, True] if args.compile and not reference else [False]:
-                    true_size = tuple(args.true_size) if args.true_size else None
-                    checkpoint = str(args.checkpoint) if args.checkpoint else None
-                    where = (checkpoint, str(args.device), args.threads, compiled)
-                    rows.append(Row(model, dtype, keep, size, batch, true_size, *where))
+                for true_size in args.true_sizes if routed else [None]:
+                    for compiled in [False, True] if args.compile and not reference else [False]:
+                        checkpoint = str(args.checkpoint) if args.checkpoint else None
+                        where = (checkpoint, str(args.device), args.threads, compiled)
+                        rows.append(Row(model, dtype, keep, size, batch, true_size and tuple(true_size), *where))
     return rows
 
 

@@ -8,6 +8,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -52,7 +53,8 @@ class Row:
     @property
     def name(self) -> str:
         keep = "" if self.keep_ratio is None else f" keep {self.keep_ratio:g}"
-        return f"{self.model}{keep} {self.dtype}" + (" compiled" if self.compile else "")
+        extents = "" if self.true_size is None else f" {self.true_size[1]}x{self.true_size[0]}"
+        return f"{self.model}{keep}{extents} {self.dtype}" + (" compiled" if self.compile else "")
 
     @property
     def gmacs(self) -> float:
@@ -173,16 +175,32 @@ KINDS = {  # the beginning of an operator's name -> where its time is booked
 
 
 def profile(encoder: torch.nn.Module, x: torch.Tensor, options: dict[str, Any]) -> dict[str, float]:
-    """Share of the time by kind of operator."""
+    """Share of the time by kind of operator; "importance scores" are counted there once more, by themselves."""
     with torch.profiler.profile() as found:
         encoder(x, **options)
+    scored = _time_in(getattr(encoder, "predictors", []), partial(encoder, x, **options))
     events = [(e.key, max(e.self_cpu_time_total, e.self_device_time_total)) for e in found.key_averages()]
     total = sum(t for _, t in events)
     shares = dict.fromkeys([*KINDS, "the rest"], 0.0)
     for key, seconds in events:
         kind = next((kind for kind, beginnings in KINDS.items() if key.startswith(beginnings)), "the rest")
         shares[kind] += seconds / total
-    return shares
+    return shares | {"importance scores": scored}
+
+
+def _time_in(modules: Iterable[torch.nn.Module], run: Callable[[], Any]) -> float:
+    """Share of a run's time that is spent in these modules (on a CPU)."""
+    inside, handles = [0.0], []
+    for module in modules:
+        before = module.register_forward_pre_hook(lambda *_: inside.append(-time.perf_counter()))
+        after = module.register_forward_hook(lambda *_: inside.append(time.perf_counter()))
+        handles += [before, after]
+    began = time.perf_counter()
+    run()
+    share = sum(inside) / (time.perf_counter() - began)
+    for handle in handles:
+        handle.remove()
+    return share
 
 
 # --- reference rows that do not fit, and the floor -------------------------------------------------------------------
