@@ -26,7 +26,7 @@ def x():
 def test_as_many_channels_give_the_same_attention(x, window):
     wide = randomize(Attention(TINY.dim, TINY.dim, 4, window, (10, 10)), 0.3)
     narrow = Attention(TINY.dim, TINY.dim, 4, window, (10, 10))
-    start_attention(narrow, wide, x.flatten(0, 2))
+    start_attention(narrow, wide, x)
     assert explained(narrow(x), wide(x)) > 1 - 1e-6
 
 
@@ -35,7 +35,7 @@ def test_a_head_that_adds_nothing_is_the_one_left_out(x):
     wide = randomize(Attention(TINY.dim, TINY.dim, 4, 7, (10, 10)), 0.3)
     wide.proj.weight[:, 16:32] = 0
     narrow = Attention(TINY.dim, 48, 3, 7, (10, 10))
-    start_attention(narrow, wide, x.flatten(0, 2))
+    start_attention(narrow, wide, x)
     assert explained(narrow(x), wide(x)) > 1 - 1e-6
 
 
@@ -45,7 +45,7 @@ def test_heads_of_low_rank_are_cut_without_loss(x):
     for rows in wide.qkv.weight.view(12, 16, TINY.dim), wide.qkv.bias.view(12, 16), wide.rel_pos_h.T, wide.rel_pos_w.T:
         (rows[:, 4:] if rows is not wide.rel_pos_h.T and rows.shape[0] == 12 else rows[4:]).zero_()
     narrow = Attention(TINY.dim, TINY.e_dim, 4, 7, (10, 10))  # 4 channels a head
-    start_attention(narrow, wide, x.flatten(0, 2))
+    start_attention(narrow, wide, x)
     assert explained(narrow(x), wide(x)) > 1 - 1e-6
 
 
@@ -74,7 +74,7 @@ def test_most_of_a_trained_model_s_blocks_is_found():
     for i, block in enumerate(encoder.blocks):
         if isinstance(block, RoutedBlock):
             e = block.e_block
-            start_attention(e.attn, block.attn, block.norm1(x.flatten(0, 2)))
+            start_attention(e.attn, block.attn, block.norm1(x))
             shares[f"{i}.attention"] = explained(e.attn(block.norm1(x)), block.attention(x))
             middle = x.flatten(0, 2) + block.attention(x)
             start_feed_forward(e, block, block.norm2(middle))

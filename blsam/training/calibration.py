@@ -38,7 +38,7 @@ HELD_OUT = 5  # every fifth photo is for the report, not for the fit
 ROWS = 2048  # tokens of a feed-forward step
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
 FITTING = 0.7  # share of the time left that goes to the fits; the rest moves the photos on
-STARTS = 8  # photos that the closed-form start looks at
+STARTS = 2**15  # tokens that the closed-form starts look at
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
@@ -180,11 +180,11 @@ class Calibration:
 
     def _fit_layer(self, i: int, block: RoutedBlock) -> None:
         """Both E-branches of a layer, then the layer's dense output and what the branches leave unexplained."""
-        streams, e, seed = self.streams, block.e_block, self.settings.seed
+        streams, e, seed, side = self.streams, block.e_block, self.settings.seed, self.streams.shape[1]
         before, middle, after = f"dense-{i}", f"middle-{i}", f"dense-{i + 1}"
 
         def some(name: str) -> torch.Tensor:
-            return streams.read(name, self.fitted[:STARTS]).flatten(0, 2)
+            return streams.read(name, self.fitted[: max(2, STARTS // side**2)])
 
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
@@ -197,7 +197,7 @@ class Calibration:
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
             e.norm2.load_state_dict(block.norm2.state_dict())
-            start_feed_forward(e, block, block.norm2(some(middle)))
+            start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, 2))
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
         more = self._left_over(i, lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))

@@ -1,8 +1,10 @@
 """Closed-form starts of a narrow block from the wide one: cut to where the tokens seen say that it costs least (ours).
 
-Attention: the logits of a head are a bilinear form of the tokens, q . c, with c = scale * k or a row of the position
-tables. The narrow heads keep the directions of q that carry most of it, the same ones in every head, since all heads
-share the position tables; their values keep those that carry most through the output projection.
+Attention: of the wide heads those are taken whose patterns together explain most of what the wide attention adds,
+whatever their own values do. The logits of a head are a bilinear form of the tokens, q . c, with c = scale * k or a row
+of the position tables: the narrow heads keep the directions of q that carry most of it, the same ones in every head,
+since all heads share the position tables. Values and projection are then fitted anew, head by head, by reduced-rank
+regression of what the wide attention adds on the tokens that the narrow patterns gather.
 
 Feed-forward: the hidden units that contribute most, their inputs cut to the directions that drive them, their outputs
 fitted anew by reduced-rank regression.
@@ -10,65 +12,141 @@ fitted anew by reduced-rank regression.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from ..modeling.attention import Attention
 from ..modeling.blocks import Block, EBlock
 
+SKETCH = 64  # directions of the tokens that heads are chosen by
+SWEEPS = 4  # over the heads whose values are fitted in turn
+RIDGE = 0.1  # of that regression, as a share of the mean variance
+
 
 @torch.no_grad()
-def start_attention(narrow: Attention, wide: Attention, rows: torch.Tensor) -> None:
-    """Set the weights of `narrow` from those of `wide`; rows [n, dim], tokens as both see them (after their norm).
-
-    The wide heads whose values matter most are taken where the narrow branch has fewer.
-    """
-    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
-    weight = wide.qkv.weight.double().view(3, wide.heads, d, dim)
-    bias = wide.qkv.bias.double().view(3, wide.heads, d)
-    out = wide.proj.weight.double().view(dim, wide.heads, d).transpose(0, 1)  # [heads, dim, d]
-    tables = [table.double() for table in (wide.rel_pos_h, wide.rel_pos_w)]
-    rows = rows.double()
+def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor) -> None:
+    """Set the weights of `narrow` from those of `wide`; x [B, H, W, dim], whole photos as both see them (normalised)."""
+    rows = x.flatten(0, 2).double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    covariance = moment - mean.outer(mean)
+    target = wide(x).double()
+    chosen = list(range(wide.heads))
+    if narrow.heads < wide.heads:
+        main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
+        seen = [_gathered(wide, h, x).double() @ main for h in chosen]
+        chosen = _choose(seen, target - target.mean(0), narrow.heads)
+    _cut_logits(narrow, wide, chosen, mean, moment)
+    seen = [_gathered(narrow, e, x).double() for e in range(narrow.heads)]
+    _fit_values(narrow, wide, chosen, seen, target)
 
-    of_v = weight[2] @ covariance @ weight[2].mT  # [heads, d, d]
-    energy = (out @ of_v @ out.mT).diagonal(dim1=1, dim2=2).sum(-1)
-    chosen = energy.argsort(descending=True)[: narrow.heads].sort().values
-    all_values = weight[2] @ mean + bias[2]  # [heads, d]: what is added whatever attention looks at
-    offset = wide.proj.bias.double() + torch.einsum("hcd,hd->c", out, all_values)
-    (wq, wk, wv), (bq, bk, _) = weight[:, chosen], bias[:, chosen]
-    out, of_v = out[chosen], of_v[chosen]
+
+def _gathered(attention: Attention, head: int, x: torch.Tensor) -> torch.Tensor:
+    """The tokens as a head's pattern gathers them, softmax(logits) x: [B, H, W, dim] -> [B*H*W, dim].
+
+    By the attention itself, every head made this one, the values a piece of the tokens each.
+    """
+    d, dim = attention.inner // attention.heads, x.shape[-1]
+    heads = -(-dim // d)
+    probe = copy.deepcopy(attention)
+    probe.heads, probe.inner = heads, heads * d
+    probe.qkv = torch.nn.Linear(dim, 3 * heads * d, device=x.device)
+    probe.proj = torch.nn.Linear(heads * d, dim, device=x.device)
+    weight = attention.qkv.weight.view(3, attention.heads, d, dim)[:2, head]
+    bias = attention.qkv.bias.view(3, attention.heads, d)[:2, head]
+    pieces = torch.eye(heads * d, dim, device=x.device)
+    probe.qkv.weight.copy_(torch.cat([weight.repeat(1, heads, 1).flatten(0, 1), pieces]))
+    probe.qkv.bias.copy_(torch.cat([bias.repeat(1, heads).flatten(), pieces.new_zeros(heads * d)]))
+    probe.proj.weight.copy_(pieces.T)
+    probe.proj.bias.zero_()
+    return probe(x)
+
+
+def _choose(seen: list[torch.Tensor], target: torch.Tensor, count: int) -> list[int]:
+    """One after the other, the heads from whose gathered tokens [n, r] the target [n, dim] is predicted best."""
+    features = torch.cat([f - f.mean(0) for f in seen], dim=1)
+    gram, cross, r = features.T @ features, features.T @ target, seen[0].shape[1]
+    ridge = 1e-6 * gram.diagonal().mean()
+    places = torch.arange(features.shape[1], device=features.device).view(len(seen), r)
+    chosen: list[int] = []
+    for _ in range(count):
+
+        def explained(h: int, chosen: list[int] = chosen) -> float:
+            of = places[[*chosen, h]].flatten()
+            inner = gram[of][:, of] + ridge * torch.eye(len(of), dtype=gram.dtype, device=gram.device)
+            return (torch.linalg.solve(inner, cross[of]) * cross[of]).sum().item()
+
+        chosen.append(max((h for h in range(len(seen)) if h not in chosen), key=explained))
+    return sorted(chosen)
+
+
+def _cut_logits(
+    narrow: Attention, wide: Attention, chosen: list[int], mean: torch.Tensor, moment: torch.Tensor
+) -> None:
+    """Queries, keys and position tables of the narrow heads from those of the chosen wide ones."""
+    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
+    wq, wk = wide.qkv.weight.double().view(3, wide.heads, d, dim)[:2, chosen]
+    bq, bk = wide.qkv.bias.double().view(3, wide.heads, d)[:2, chosen]
+    tables = [table.double() for table in (wide.rel_pos_h, wide.rel_pos_w)]
 
     # second moments: of q about zero; of keys about their mean, which no softmax sees
     extended = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
     with_bias = torch.cat([wq, bq[..., None]], dim=-1)
-    of_q = with_bias @ extended @ with_bias.mT
-    of_c = wk @ covariance @ wk.mT / d + sum(table.T @ table / len(table) for table in tables)
+    of_q = with_bias @ extended @ with_bias.mT  # [heads, d, d]
+    of_c = wk @ (moment - mean.outer(mean)) @ wk.mT / d + sum(table.T @ table / len(table) for table in tables)
     r = min(d, d_e)
     shared = of_q.sum(0)
-    root, inverse = _roots(shared)
+    _, inverse = _roots(shared)
     directions = torch.linalg.eigh(inverse @ (of_q @ of_c @ of_q).sum(0) @ inverse).eigenvectors.flip(1)[:, :r]
     p = inverse @ directions  # [d, r], p' shared p = 1
     back = torch.linalg.solve(p.T @ of_q @ p, p.T @ of_q)  # [heads, r, d]: the best k for q cut down to p' q
-
-    qkv, biases = weight.new_zeros(3, narrow.heads, d_e, dim), bias.new_zeros(3, narrow.heads, d_e)
-    projection = out.new_zeros(narrow.heads, dim, d_e)
-    qkv[0, :, :r], biases[0, :, :r] = p.T @ wq, bq @ p
     keys = back * (d_e / d) ** 0.5
-    qkv[1, :, :r], biases[1, :, :r] = keys @ wk, (keys @ bk[..., None])[..., 0]
-    for h in range(narrow.heads):
-        root, inverse = _roots(of_v[h])
-        u, s, vt = torch.linalg.svd(out[h] @ root, full_matrices=False)
-        cut = s[:r, None].sqrt() * vt[:r] @ inverse
-        qkv[2, h, :r], biases[2, h, :r] = cut @ wv[h], -cut @ (wv[h] @ mean)
-        projection[h, :, :r] = u[:, :r] * s[:r].sqrt()
 
-    narrow.qkv.weight.copy_(qkv.flatten(0, 2))
-    narrow.qkv.bias.copy_(biases.flatten())
-    narrow.proj.weight.copy_(projection.transpose(0, 1).flatten(1))
-    narrow.proj.bias.copy_(offset)
+    weight, bias = wq.new_zeros(2, narrow.heads, d_e, dim), bq.new_zeros(2, narrow.heads, d_e)
+    weight[0, :, :r], bias[0, :, :r] = p.T @ wq, bq @ p
+    weight[1, :, :r], bias[1, :, :r] = keys @ wk, (keys @ bk[..., None])[..., 0]
+    narrow.qkv.weight[: 2 * narrow.inner].copy_(weight.flatten(0, 2))
+    narrow.qkv.bias[: 2 * narrow.inner].copy_(bias.flatten())
     for mine, table in zip((narrow.rel_pos_h, narrow.rel_pos_w), tables):
+        mine.zero_()
         mine[:, :r].copy_(table @ shared @ p)
+
+
+def _fit_values(
+    narrow: Attention, wide: Attention, chosen: list[int], seen: list[torch.Tensor], target: torch.Tensor
+) -> None:
+    """Values and projection of the narrow heads: what the chosen heads add, then in turn more of what is left.
+
+    What is added in a sweep is a ridge regression, since the tokens that a head gathers vary little within a photo.
+    """
+    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
+    values = wide.qkv.weight.double().view(3, wide.heads, d, dim)[2, chosen]
+    out = wide.proj.weight.double().view(dim, wide.heads, d).transpose(0, 1)[chosen]
+    means, left = [f.mean(0) for f in seen], target - target.mean(0)
+    seen = [f - mean for f, mean in zip(seen, means)]
+    grams = [f.T @ f / len(f) for f in seen]
+    pairs = [_cut(gram, o @ v, d_e) for gram, v, o in zip(grams, values, out)]
+    for features, (v, o) in zip(seen, pairs):
+        left = left - features @ v.T @ o.T
+    for _ in range(SWEEPS):
+        for e, (features, gram) in enumerate(zip(seen, grams)):
+            v, o = pairs[e]
+            ridge = RIDGE * gram.diagonal().mean() * torch.eye(dim, dtype=gram.dtype, device=gram.device)
+            more = torch.linalg.solve(gram + ridge, features.T @ left / len(left)).T
+            pairs[e] = _cut(gram, o @ v + more, d_e)
+            left = left + features @ v.T @ o.T - features @ pairs[e][0].T @ pairs[e][1].T
+    offset = target.mean(0) - sum(o @ (v @ mean) for (v, o), mean in zip(pairs, means))
+    narrow.qkv.weight[2 * narrow.inner :].copy_(torch.cat([v for v, _ in pairs]))
+    narrow.qkv.bias[2 * narrow.inner :].zero_()
+    narrow.proj.weight.copy_(torch.cat([o for _, o in pairs], dim=1))
+    narrow.proj.bias.copy_(offset)
+
+
+def _cut(gram: torch.Tensor, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """a [rank, n], b [m, rank], so that b a is nearest to weight [m, n] on inputs of these second moments [n, n]."""
+    root, inverse = _roots(gram)
+    u, s, vt = torch.linalg.svd(root @ weight.T, full_matrices=False)
+    half = s[:rank].sqrt()
+    return (u[:, :rank] * half).T @ inverse, vt[:rank].T * half
 
 
 @torch.no_grad()
@@ -92,10 +170,10 @@ def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
 
     features = wide.mlp.act((rows - mean) @ entry.T @ lin1.T + bias1)
     centre = features.mean(0)
-    root, inverse = _roots((features - centre).T @ (features - centre) / len(rows))
-    of_target = inverse @ (features - centre).T @ (target - target.mean(0)) / len(rows)
-    u, s, vt = torch.linalg.svd(of_target, full_matrices=False)
-    lin2, exit_ = (u[:, :inner].T @ inverse), (vt[:inner].T * s[:inner])
+    gram = (features - centre).T @ (features - centre)
+    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(hidden, dtype=gram.dtype, device=gram.device)
+    best = torch.linalg.solve(gram + ridge, (features - centre).T @ target).T
+    lin2, exit_ = _cut(gram, best, inner)
 
     values = {"entry": (entry, -entry @ mean), "mlp.lin1": (lin1, bias1)}
     values |= {"mlp.lin2": (lin2, -lin2 @ centre), "exit": (exit_, target.mean(0))}
