@@ -8,6 +8,8 @@ regression of what the wide attention adds on the tokens that the narrow pattern
 
 Feed-forward: the hidden units that contribute most, their inputs cut to the directions that drive them, their outputs
 fitted anew by reduced-rank regression.
+
+All in float64 on the CPU, whatever the device: some devices have no float64, and the matrices are small.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ RIDGE = 0.1  # of that regression, as a share of the mean variance
 @torch.no_grad()
 def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor) -> None:
     """Set the weights of `narrow` from those of `wide`; x [B, H, W, dim], whole photos as both see them (normalised)."""
-    rows = x.flatten(0, 2).double()
+    rows = x.flatten(0, 2).cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    target = wide(x).double()
+    target = wide(x).cpu().double()
     chosen = list(range(wide.heads))
     if narrow.heads < wide.heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
-        seen = [_gathered(wide, h, x).double() @ main for h in chosen]
+        seen = [_gathered(wide, h, x).cpu().double() @ main for h in chosen]
         chosen = _choose(seen, target - target.mean(0), narrow.heads)
     _cut_logits(narrow, wide, chosen, mean, moment)
-    seen = [_gathered(narrow, e, x).double() for e in range(narrow.heads)]
+    seen = [_gathered(narrow, e, x).cpu().double() for e in range(narrow.heads)]
     _fit_values(narrow, wide, chosen, seen, target)
 
 
@@ -84,9 +86,9 @@ def _cut_logits(
 ) -> None:
     """Queries, keys and position tables of the narrow heads from those of the chosen wide ones."""
     dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
-    wq, wk = wide.qkv.weight.double().view(3, wide.heads, d, dim)[:2, chosen]
-    bq, bk = wide.qkv.bias.double().view(3, wide.heads, d)[:2, chosen]
-    tables = [table.double() for table in (wide.rel_pos_h, wide.rel_pos_w)]
+    wq, wk = wide.qkv.weight.cpu().double().view(3, wide.heads, d, dim)[:2, chosen]
+    bq, bk = wide.qkv.bias.cpu().double().view(3, wide.heads, d)[:2, chosen]
+    tables = [table.cpu().double() for table in (wide.rel_pos_h, wide.rel_pos_w)]
 
     # second moments: of q about zero; of keys about their mean, which no softmax sees
     extended = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
@@ -119,8 +121,8 @@ def _fit_values(
     What is added in a sweep is a ridge regression, since the tokens that a head gathers vary little within a photo.
     """
     dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
-    values = wide.qkv.weight.double().view(3, wide.heads, d, dim)[2, chosen]
-    out = wide.proj.weight.double().view(dim, wide.heads, d).transpose(0, 1)[chosen]
+    values = wide.qkv.weight.cpu().double().view(3, wide.heads, d, dim)[2, chosen]
+    out = wide.proj.weight.cpu().double().view(dim, wide.heads, d).transpose(0, 1)[chosen]
     means, left = [f.mean(0) for f in seen], target - target.mean(0)
     seen = [f - mean for f, mean in zip(seen, means)]
     grams = [f.T @ f / len(f) for f in seen]
@@ -153,11 +155,11 @@ def _cut(gram: torch.Tensor, weight: torch.Tensor, rank: int) -> tuple[torch.Ten
 def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
     """Set `entry`, `mlp` and `exit` of `narrow` from the wide block's MLP; rows [n, dim], after the norm both share."""
     hidden, inner = narrow.mlp.lin1.out_features, narrow.entry.out_features
-    rows = rows.double()
-    w1, b1 = wide.mlp.lin1.weight.double(), wide.mlp.lin1.bias.double()
+    rows = rows.cpu().double()
+    w1, b1 = wide.mlp.lin1.weight.cpu().double(), wide.mlp.lin1.bias.double()
     active = wide.mlp.act(rows @ w1.T + b1)
-    out = wide.mlp.lin2.weight.double()
-    target = active @ out.T + wide.mlp.lin2.bias.double()
+    out = wide.mlp.lin2.weight.cpu().double()
+    target = active @ out.T + wide.mlp.lin2.bias.cpu().double()
     energy = active.var(0) * out.square().sum(0)
     chosen = energy.argsort(descending=True)[:hidden].sort().values
 
