@@ -31,15 +31,14 @@ from blsam import SamPredictor, sam_model_registry
 from blsam.checkpoint import CheckpointError
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.prompted import PromptedIoU, bootstrap, predict_objects
-from blsam.evaluation.protocols import PROTOCOLS
+from blsam.evaluation.prompted import bootstrap
 from blsam.images import read_image
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
-from blsam.training.calibrate import calibrate, choose_photos
+from blsam.training.calibrate import box_ious, calibrate, choose_photos
 from blsam.training.calibration import KEEP_RATIOS, Settings
 
-PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 50, 100, 200, 400)
+PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 100, 200)
 TEST_PHOTOS = 32
 
 
@@ -98,17 +97,7 @@ class Meter:
 
     def box_ious(self, sam: Sam, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
         """IoU in percent of every object, and the photo that each lies on."""
-        protocol, predictor = PROTOCOLS["paper"], SamPredictor(sam)
-        evaluator, before = PromptedIoU(self.annotations, protocol, "box"), sam.image_encoder.keep_ratio
-        sam.image_encoder.keep_ratio = keep_ratio
-        for photo in self.annotations.photos:
-            targets, _ = self.annotations.targets(photo, crowd=protocol.crowd)
-            if targets:
-                predictor.set_image(read_image(photo.path, upright=False))
-                evaluator.process(photo, predict_objects(predictor, targets, protocol, "box", 1, seed=0))
-        sam.image_encoder.keep_ratio = before
-        rows = evaluator.rows
-        return np.array([100 * row["iou"] for row in rows]), np.array([row["image"] for row in rows])
+        return box_ious(sam, self.annotations, keep_ratio)
 
 
 def fitted(args: argparse.Namespace, photos: list[Path], settings: Settings) -> tuple[Sam, dict[str, Any]]:
@@ -164,7 +153,7 @@ def growth(args: argparse.Namespace, meter: Meter, done: list[dict[str, Any]]) -
         if args.study == "photos":
             photos = choose_photos(args.images, number, args.seed)
         else:
-            settings = replace(settings, steps=number, stage_steps=number)
+            settings = replace(settings, steps=number, stage_steps=2 * number)
         sam, took = fitted(args, photos, settings)
         yield {"steps": settings.steps} | measured(meter, sam, took)
 

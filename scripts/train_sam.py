@@ -262,6 +262,12 @@ def rate(lr: float, step: int, progress: float, warm_up: int = 100) -> float:
     return lr * min(1, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
 
 
+def outlive_signals(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too; the main process still wants the views they are making."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def save(args: argparse.Namespace, step: int, minutes: float, sam: Sam, ema: AveragedModel, optimizer) -> None:
     state = {"sam": sam.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
     state |= {"step": step, "minutes": minutes}
@@ -294,7 +300,9 @@ def main(argv: list[str] | None = None) -> int:
     objects = 0 if args.stage == "encoder" else args.max_objects
     views = TrainingViews(train_photos, args.image_size, objects, args.seed, total * args.batch_size)
     rest = Subset(views, range(first * args.batch_size, len(views)))
-    loader = DataLoader(rest, args.batch_size, num_workers=args.workers, collate_fn=list)
+    loader = DataLoader(
+        rest, args.batch_size, num_workers=args.workers, collate_fn=list, worker_init_fn=outlive_signals
+    )
     held_out = TrainingViews(val_photos, args.image_size, args.max_objects, 0, len(val_photos)) if val_photos else None
 
     stopped = []

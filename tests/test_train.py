@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from skimage import data
 from blsam import sam_model_registry
 from blsam.checkpoint import read
 from blsam.data.sa1b import TrainingViews, list_photos
-from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, sam_mask_loss
+from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, relative_mse_loss, sam_mask_loss
 from blsam.training.prompts import corrective_clicks
 
 # sums over several threads depend on who is first: bit for bit is promised for one
@@ -74,6 +76,11 @@ def test_losses_on_a_hand_computed_case():
     assert balanced_mask_loss(half, target[:, None]).item() == pytest.approx(2 * 50 / 9 + 2 / 7, rel=1e-5)
     a, b = torch.tensor([1.0, 0]).view(1, 2, 1, 1), torch.tensor([1.0, 1]).view(1, 2, 1, 1)
     assert cosine_loss(a, b, torch.ones(1, 1, 1, dtype=torch.bool)).item() == pytest.approx(1 - 0.5**0.5)
+    # three tokens of one channel, the last one padding: errors 1 and 3, the teacher's deviations -2 and 2
+    student, teacher = torch.tensor([2.0, 8.0, 99.0]), torch.tensor([1.0, 5.0, 0.0])
+    real = torch.tensor([True, True, False]).view(1, 1, 3)
+    found = relative_mse_loss(student.view(1, 1, 1, 3), teacher.view(1, 1, 1, 3), real)
+    assert found.item() == pytest.approx((1 + 9) / (4 + 4))
 
 
 def test_corrective_clicks_lie_in_the_error():
@@ -128,6 +135,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(photos, tmp_path):
     different = [k for k in a if not torch.equal(a[k], b[k])]
     assert not different, f"{len(different)} tensors differ, first {different[:3]}"
     sam_model_registry["blsam_vit_t"](tmp_path / "cut" / "model.safetensors")
+
+
+@pytest.mark.e2e
+def test_a_signal_to_the_whole_group_ends_with_a_checkpoint(photos, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--stage", "encoder", "--model", "vit_t", "--init", str(TEACHER)]
+    command += ["--teacher", "vit_t", "--teacher-checkpoint", str(TEACHER), "--distill-loss", "mse"]
+    command += ["--data", str(photos), "--image-size", "128", "--holdout", "0", "--batch-size", "2"]
+    command += ["--steps", "100000", "--workers", "1", "--output", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD, start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and metrics.read_text()):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    row = json.loads(metrics.read_text().splitlines()[0])
+    assert row["fd"] < 0.05 and "sup" not in row  # the student is the teacher, and no prompt was decoded
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] >= 20
+    state, _ = read(tmp_path / "run" / "model.safetensors")
+    decoder = read(TEACHER)[0]
+    assert all(torch.equal(state[k], v.half()) for k, v in decoder.items() if k.startswith("mask_decoder."))
 
 
 @pytest.mark.e2e

@@ -120,8 +120,8 @@ def calibrate(
     return report
 
 
-def box_miou(sam: Sam, annotations: Annotations, keep_ratio: float) -> float:
-    """Mean IoU in percent of box prompts, protocol `paper`."""
+def box_ious(sam: Sam, annotations: Annotations, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    """IoU in percent of every object with a box prompt, protocol `paper`, and the id of the photo that each lies on."""
     protocol, predictor = PROTOCOLS["paper"], SamPredictor(sam)
     evaluator = PromptedIoU(annotations, protocol, "box")
     before, sam.image_encoder.keep_ratio = sam.image_encoder.keep_ratio, keep_ratio
@@ -131,7 +131,13 @@ def box_miou(sam: Sam, annotations: Annotations, keep_ratio: float) -> float:
             predictor.set_image(read_image(photo.path, upright=False))
             evaluator.process(photo, predict_objects(predictor, targets, protocol, "box", 1, seed=0))
     sam.image_encoder.keep_ratio = before
-    return evaluator.evaluate()["miou"]
+    rows = evaluator.rows
+    return np.array([100 * row["iou"] for row in rows]), np.array([row["image"] for row in rows])
+
+
+def box_miou(sam: Sam, annotations: Annotations, keep_ratio: float) -> float:
+    """Mean IoU in percent of box prompts, protocol `paper`."""
+    return float(box_ious(sam, annotations, keep_ratio)[0].mean())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +154,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--keep-ratio", type=float, default=defaults.keep_ratio)
     add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"of each fit and each stage of the correction; {defaults.steps}")
+    length.add_argument("--steps", type=int, help=f"of each fit, twice as many of each stage; {defaults.steps}")
     length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
     add("--seed", type=int, default=defaults.seed)
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -173,7 +179,7 @@ def command(args: argparse.Namespace) -> None:
     settings = Settings(keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype)
     steps = MOST_STEPS if args.minutes is not None else args.steps
     if steps is not None:
-        settings = replace(settings, steps=steps, stage_steps=steps)
+        settings = replace(settings, steps=steps, stage_steps=2 * steps)
     report = calibrate(
         args.model,
         args.checkpoint,

@@ -156,7 +156,7 @@ def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
     """Set `entry`, `mlp` and `exit` of `narrow` from the wide block's MLP; rows [n, dim], after the norm both share."""
     hidden, inner = narrow.mlp.lin1.out_features, narrow.entry.out_features
     rows = rows.cpu().double()
-    w1, b1 = wide.mlp.lin1.weight.cpu().double(), wide.mlp.lin1.bias.double()
+    w1, b1 = wide.mlp.lin1.weight.cpu().double(), wide.mlp.lin1.bias.cpu().double()
     active = wide.mlp.act(rows @ w1.T + b1)
     out = wide.mlp.lin2.weight.cpu().double()
     target = active @ out.T + wide.mlp.lin2.bias.cpu().double()
