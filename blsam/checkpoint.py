@@ -6,6 +6,7 @@ model; and either of them for another image size. Nothing that a file contains i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -69,6 +70,15 @@ def checked_path(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     return path
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def image_size_of(state: State) -> int:

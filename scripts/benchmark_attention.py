@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.flex_attention import flex_attention
 
 from blsam.checkpoint import write_atomically
 from blsam.cli import parse_device
 from blsam.config import CONFIGS
+from blsam.evaluation.commands import run_script
 from blsam.modeling.attention import blocked_attention, one_hot_positions
 from blsam.precision import DTYPES, resolve_dtype
 
@@ -109,6 +108,8 @@ def chunked(x: dict[str, Any], rows: int = 512) -> Form:
 
 
 def flex(x: dict[str, Any]) -> Form:
+    from torch.nn.attention.flex_attention import flex_attention  # torch 2.5 and later
+
     side, rel_h, rel_w = x["side"], x["rel_h"], x["rel_w"]
 
     def with_positions(score, batch, head, query, key):
@@ -123,7 +124,7 @@ FORMS = {"folded": folded, "blocked": blocked, "compiled": compiled, "chunked": 
 
 def expected(x: dict[str, Any]) -> torch.Tensor:
     """In float64, head by head."""
-    q, k, v, rel_h, rel_w = (x[name].double() for name in ("q", "k", "v", "rel_h", "rel_w"))
+    q, k, v, rel_h, rel_w = (x[name].cpu().double() for name in ("q", "k", "v", "rel_h", "rel_w"))
     heads = [
         (q[h] @ k[h].T * q.shape[-1] ** -0.5 + bias_of(rel_h[h], rel_w[h])).softmax(-1) @ v[h] for h in range(len(q))
     ]
@@ -140,10 +141,10 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
         row |= {"image_size": args.image_size, "keep_ratio": args.keep_ratio}
         try:
             forms[name] = FORMS[name](x)
-            gap = (forms[name]().double() - reference).abs().max() / reference.std()
+            gap = (forms[name]().cpu().double() - reference).abs().max() / reference.std()
         except Exception as error:  # a form that this machine or this torch does not have is a row too
             forms.pop(name, None)
-            rows.append(row | {"error": str(error).strip().splitlines()[0][:200]})
+            rows.append(row | {"error": (str(error).strip() or type(error).__name__).splitlines()[0][:200]})
             continue
         rows.append(row | {"largest_gap": float(gap), "first_call_s": round(time.perf_counter() - began, 3)})
     seconds: dict[str, list[float]] = {name: [] for name in forms}
@@ -183,4 +184,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script("benchmark_attention", main)

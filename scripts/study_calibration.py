@@ -28,9 +28,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.checkpoint import CheckpointError
+from blsam.checkpoint import sha256
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
+from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap
 from blsam.images import read_image
 from blsam.modeling.sam import Sam
@@ -72,32 +73,31 @@ def _kind(text: str) -> tuple[str, Path]:
 
 
 class Meter:
-    """Cosines and box IoU of encoders against a dense model, photo by photo."""
+    """Cosines to a dense model's embeddings, photo by photo."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.dense = sam_model_registry[args.model.removeprefix("blsam_")](args.checkpoint)
-        self.photos = choose_photos(args.test_images, TEST_PHOTOS, args.seed)
+        self.weights = sha256(args.checkpoint)
+        self.inputs = [self._read(path) for path in choose_photos(args.test_images, TEST_PHOTOS, args.seed)]
+        with torch.no_grad():
+            self.expected = [self.dense.image_encoder(x) for x, _ in self.inputs]
         self.annotations = None
         if args.annotations is not None:
             self.annotations = Annotations(args.annotations, args.annotation_images, "coco")
 
-    def cosines(self, sam: Sam, keep_ratio: float) -> np.ndarray:
-        """Of every test photo: [n]."""
-        return np.array([self._cosine(sam, path, keep_ratio) for path in self.photos])
+    def _read(self, path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
+        image = SamPredictor(self.dense).transform.apply_image(read_image(path))
+        return self.dense.preprocess(torch.as_tensor(image).permute(2, 0, 1))[None], image.shape[:2]
 
     @torch.no_grad()
-    def _cosine(self, sam: Sam, path: Path, keep_ratio: float) -> float:
-        predictor = SamPredictor(sam)
-        image = predictor.transform.apply_image(read_image(path))
-        x = sam.preprocess(torch.as_tensor(image).permute(2, 0, 1))[None]
-        sizes, side = [image.shape[:2]], sam.image_encoder.img_size // 16
-        ours = sam.image_encoder(x, true_sizes=sizes, keep_ratio=keep_ratio)
-        real = real_tokens(side, side, torch.tensor(sizes))
-        return F.cosine_similarity(ours, self.dense.image_encoder(x), dim=1)[real].mean().item()
-
-    def box_ious(self, sam: Sam, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-        """IoU in percent of every object, and the photo that each lies on."""
-        return box_ious(sam, self.annotations, keep_ratio)
+    def cosines(self, sam: Sam, keep_ratio: float) -> np.ndarray:
+        """Of every test photo, a mean over its real tokens: [n]."""
+        found, side = [], sam.image_encoder.img_size // 16
+        for (x, size), expected in zip(self.inputs, self.expected):
+            ours = sam.image_encoder(x, true_sizes=[size], keep_ratio=keep_ratio)
+            real = real_tokens(side, side, torch.tensor([size]))
+            found.append(F.cosine_similarity(ours, expected, dim=1)[real].mean().item())
+        return np.array(found)
 
 
 def fitted(args: argparse.Namespace, photos: list[Path], settings: Settings) -> tuple[Sam, dict[str, Any]]:
@@ -106,15 +106,14 @@ def fitted(args: argparse.Namespace, photos: list[Path], settings: Settings) -> 
     report = calibrate(args.model, args.checkpoint, photos, path, settings=settings)
     sam = sam_model_registry[args.model](path)
     path.unlink()
-    return sam, {key: report[key] for key in ("photos", "seconds", "peak_gb")}
+    return sam, {key: report[key] for key in ("photos", "seconds")}
 
 
-def routings(args: argparse.Namespace, meter: Meter) -> Iterator[dict[str, Any]]:
+def routings(args: argparse.Namespace, meter: Meter, sam: Sam, took: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """E-branches x routing x keep ratio; each paired with random routing of the same E-branches, and with dense."""
-    sam, took = fitted(args, choose_photos(args.images, args.limit, args.seed), Settings(seed=args.seed))
     zero = sam_model_registry[args.model](args.checkpoint)
     zero.image_encoder.predictors.load_state_dict(sam.image_encoder.predictors.state_dict())
-    dense = meter.box_ious(meter.dense, 1.0) if meter.annotations else None
+    dense = box_ious(meter.dense, meter.annotations, 1.0) if meter.annotations else None
     for name, model in (("zero", zero), ("fitted", sam)):
         for keep in KEEP_RATIOS:
             baseline: dict[str, np.ndarray] = {}
@@ -122,10 +121,10 @@ def routings(args: argparse.Namespace, meter: Meter) -> Iterator[dict[str, Any]]
                 encoder = model.image_encoder
                 encoder.config = replace(encoder.config, score=score)
                 values = {"cosine": meter.cosines(model, keep)}
-                images = {"cosine": np.arange(len(meter.photos))}
+                images = {"cosine": np.arange(len(meter.inputs))}
                 row = {"e_branches": name, "routing": score, "keep_ratio": keep, **took}
                 if dense is not None:
-                    values["box_miou"], images["box_miou"] = meter.box_ious(model, keep)
+                    values["box_miou"], images["box_miou"] = box_ious(model, meter.annotations, keep)
                     row["over_dense"] = float((values["box_miou"] - dense[0]).mean())
                     row["over_dense_interval_95"] = bootstrap(values["box_miou"] - dense[0], dense[1], 0)
                 for key, value in values.items():
@@ -140,53 +139,52 @@ def routings(args: argparse.Namespace, meter: Meter) -> Iterator[dict[str, Any]]
 def measured(meter: Meter, sam: Sam, took: dict[str, Any]) -> dict[str, Any]:
     row = dict(took) | {f"cosine_{keep:g}": float(meter.cosines(sam, keep).mean()) for keep in KEEP_RATIOS}
     if meter.annotations is not None:
-        row["box_miou_0.25"] = float(meter.box_ious(sam, 0.25)[0].mean())
+        row["box_miou_0.25"] = float(box_ious(sam, meter.annotations, 0.25)[0].mean())
     return row
 
 
-def growth(args: argparse.Namespace, meter: Meter, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Calibrations with more and more photos, or more and more steps."""
-    for number in PHOTOS if args.study == "photos" else STEPS:
-        if any(row[args.study] == number for row in done):
-            continue
-        photos, settings = choose_photos(args.images, args.limit, args.seed), Settings(seed=args.seed)
-        if args.study == "photos":
-            photos = choose_photos(args.images, number, args.seed)
-        else:
-            settings = replace(settings, steps=number, stage_steps=2 * number)
-        sam, took = fitted(args, photos, settings)
+def variants(args: argparse.Namespace) -> list[Any]:
+    return {"photos": PHOTOS, "steps": STEPS, "kinds": args.kind, "routing": ["all"]}[args.study]
+
+
+def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[str, Any]]:
+    """The rows of one variant."""
+    settings, folder, count = Settings(seed=args.seed), args.images, args.limit
+    if args.study == "photos":
+        count = value
+    elif args.study == "steps":
+        settings = replace(settings, steps=value, stage_steps=2 * value)
+    elif args.study == "kinds":
+        folder = value[1]
+    sam, took = fitted(args, choose_photos(folder, count, args.seed), settings)
+    if args.study == "routing":
+        yield from routings(args, meter, sam, took)
+    else:
         yield {"steps": settings.steps} | measured(meter, sam, took)
-
-
-def kinds(args: argparse.Namespace, meter: Meter, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Calibrations on photos of one kind alone."""
-    for name, folder in args.kind:
-        if any(row["kind"] == name for row in done):
-            continue
-        sam, took = fitted(args, choose_photos(folder, args.limit, args.seed), Settings(seed=args.seed))
-        yield {"kind": name} | measured(meter, sam, took)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.is_file() else []
+    lines = args.output.read_text().splitlines() if args.output.is_file() else []
+    done = {json.loads(line)["of"] for line in lines}
     meter = Meter(args)
-    if args.study == "routing":
-        rows = routings(args, meter)
-    else:
-        rows = (kinds if args.study == "kinds" else growth)(args, meter, done)
     with args.output.open("a") as file:
-        for row in tqdm(rows, unit="variant", disable=not sys.stderr.isatty()):
-            line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
-            print(line, file=file, flush=True)
-            print(line, flush=True)
+        for value in tqdm(variants(args), unit="variant", disable=not sys.stderr.isatty()):
+            name = value[0] if args.study == "kinds" else value
+            of = ", ".join(map(str, (args.study, name, args.model, meter.weights[:8], args.limit, args.seed)))
+            if of in done:
+                continue
+            rows = [
+                {"of": of, "kind" if args.study == "kinds" else "asked": name} | r for r in study(args, meter, value)
+            ]
+            rounded = [{k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+            text = "".join(json.dumps(row) + "\n" for row in rounded)
+            file.write(text)  # a variant's rows together, so that none is half there
+            file.flush()
+            print(text, end="", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (FileNotFoundError, CheckpointError, ValueError) as error:
-        print(f"study_calibration: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script("study_calibration", main)

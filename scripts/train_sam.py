@@ -44,11 +44,12 @@ from blsam import sam_model_registry
 from blsam.cli import parse_device
 from blsam.config import CONFIGS
 from blsam.data.sa1b import Sample, TrainingViews, list_photos, split_photos
+from blsam.evaluation.commands import run_script
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
 from blsam.training.losses import DISTILLATION_LOSSES, MASK_LOSSES, mask_iou, supervised_loss
 from blsam.training.prompts import corrective_clicks, first_clicks, noisy_boxes
-from blsam.training.teachers import TEACHERS, load_teacher
+from blsam.training.teachers import DENSE, TEACHERS, load_teacher
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
 
@@ -57,7 +58,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, choices=sorted(CONFIGS))
-    add("--init", type=Path, help="checkpoint to start from (a blsam_* model without it: the teacher's weights)")
+    add(
+        "--init",
+        type=Path,
+        help="checkpoint to start from; default: the teacher's weights, if it is one of these models",
+    )
     add("--teacher", choices=TEACHERS)
     add("--teacher-checkpoint", type=Path)
     add(
@@ -92,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--teacher and --teacher-checkpoint go together")
     if args.stage == "encoder" and args.teacher is None:
         parser.error("--stage encoder learns from a --teacher")
-    if CONFIGS[args.model].routed and args.init is None and args.teacher is None:
-        parser.error(f"{args.model} starts from --init or from a --teacher")
+    if CONFIGS[args.model].routed and args.init is None and args.teacher not in DENSE:
+        parser.error(f"{args.model} starts from --init or from a dense --teacher")
     if args.output.exists() and any(args.output.iterdir()) and not args.resume:
         parser.error(f"{args.output} is not empty; --resume continues the run in it")
     return args
@@ -357,8 +362,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (FileNotFoundError, ckpt.CheckpointError, ValueError) as error:
-        print(f"train_sam: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script("train_sam", main)

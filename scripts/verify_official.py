@@ -12,9 +12,7 @@ Needs as much memory as `segment_anything` does (7 GB for ViT-H at 1024).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,6 +29,7 @@ from blsam import checkpoint as ckpt
 from blsam.cli import parse_device
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
+from blsam.evaluation.commands import run_script
 from blsam.images import read_image
 from blsam.precision import resolve_dtype
 from blsam.training import calibrate
@@ -70,9 +69,9 @@ def identify(path: Path) -> tuple[str, str]:
         except ckpt.CheckpointError:
             continue
         file, digest = OFFICIAL[name]
-        with path.open("rb") as content:
-            found = hashlib.file_digest(content, "sha256").hexdigest()
-        return name, f"{found[:12]}..., " + (f"the published {file}" if found == digest else "not a published file")
+        found = ckpt.sha256(path)
+        said = f"the published {file}" if found == digest else "not a published file"
+        return name, f"{found[:12]}..., {said}"
     raise ValueError(f"{path} fits none of SAM's models (ViT-B, L, H)")
 
 
@@ -94,7 +93,13 @@ def _wait(device: torch.device) -> None:
 
 def compare(args: argparse.Namespace, name: str, image: np.ndarray) -> list[tuple[str, str]]:
     """Rows of the table: parity and times."""
-    reference = segment_anything.sam_model_registry[name](str(args.checkpoint)).to(args.device).eval()
+    reference = segment_anything.sam_model_registry[name]()
+    try:
+        reference.load_state_dict(ckpt.read(args.checkpoint)[0])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"segment_anything does not take {args.checkpoint} as {name} ({reason})") from None
+    reference.to(args.device).eval()
     theirs, seconds = encode(reference, segment_anything.SamPredictor, image, args.repeats)
     h, w = image.shape[:2]
     prompts = {
@@ -133,7 +138,9 @@ def agreement(found: tuple, expected: tuple) -> str:
 def calibrated(args: argparse.Namespace, name: str) -> list[tuple[str, str]]:
     """Rows of the table: the bLSAM of this checkpoint, before and after."""
     model = f"blsam_{name}"
-    photos = calibrate.choose_photos(args.calibrate, args.limit or calibrate.default_limit(model), seed=0)
+    photos = calibrate.choose_photos(
+        args.calibrate, calibrate.default_limit(model) if args.limit is None else args.limit, seed=0
+    )
     annotations = Annotations(args.annotations, args.images, "coco") if args.annotations else None
     with tempfile.TemporaryDirectory() as folder:
         report = calibrate.calibrate(
@@ -169,11 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     image = read_image(args.image) if args.image else default_image()
     steps: list[Callable[[], list[tuple[str, str]]]] = [lambda: compare(args, name, image)]
     steps += [lambda: calibrated(args, name)] if args.calibrate else []
-    machine = (
-        torch.cuda.get_device_name()
-        if torch.device(args.device).type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    machine = platform.processor() or platform.machine()
+    if torch.device(args.device).type == "cuda":
+        machine = torch.cuda.get_device_name(args.device)
     versions = f"blsam {blsam.__version__}, torch {torch.__version__}, {machine}, {torch.get_num_threads()} threads"
     print(f"| {args.checkpoint.name} | {identity} |\n|---|---|\n| machine | {versions} |", flush=True)
     for step in steps:
@@ -183,8 +188,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (FileNotFoundError, ckpt.CheckpointError, ValueError) as error:
-        print(f"verify_official: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_script("verify_official", main)

@@ -50,7 +50,26 @@ def test_the_embedding_comes_nearer_to_the_dense_one_at_every_keep_ratio(calibra
         before, after = row["cosine_before"], row["cosine_after"]
         assert 1 - after < 0.6 * (1 - before), row
     assert [row["keep_ratio"] for row in report["by_keep_ratio"]] == [0.1, 0.25, 0.5]
-    assert len(report["explained"]) == 22 and np.mean(list(report["explained"].values())) > 0.3
+    assert len(report["explained"]) == 22 and np.mean(list(report["explained"].values())) > 0.8, report["explained"]
+
+
+def test_the_stages_come_nearer_to_the_dense_stream_with_their_steps(photos, tmp_path):
+    def errors(stage_steps):
+        settings = Settings(steps=2, stage_steps=stage_steps)
+        chosen, path = choose_photos(photos, 6, 0), tmp_path / "a.safetensors"
+        log = calibrate("blsam_vit_t", DENSE, chosen, path, image_size=128, settings=settings, quiet=True)["log"]
+        return [float(line.split("error ")[1].split(",")[0]) for line in log if "error" in line]
+
+    first, later = errors(0), errors(40)
+    assert len(first) == 4 and later[0] < 0.9 * first[0] and later[-1] < 0.9 * first[-1], (first, later)
+
+
+def test_a_time_limit_is_said_and_ends_with_fewer_steps(photos, tmp_path):
+    settings = Settings(steps=10**6, stage_steps=10**6, minutes=0.02)
+    chosen, path = choose_photos(photos, 3, 0), tmp_path / "a.safetensors"
+    report = calibrate("blsam_vit_t", DENSE, chosen, path, image_size=64, settings=settings, quiet=True)
+    assert any("without the limit of 0.02" in line for line in report["log"])
+    assert all(np.isfinite(value) for value in report["explained"].values())
 
 
 def test_the_checkpoint_loads_keeps_sam_s_weights_and_carries_the_report(calibrated):
@@ -80,6 +99,9 @@ def test_choice_of_photos(photos, tmp_path):
         (("--checkpoint", "/nowhere.pth"), "no checkpoint at"),
         (("-o", "out.txt"), "a checkpoint ends in"),
         (("--keep-ratio", "1"), "between 0 and 1"),
+        (("--minutes", "0"), "above 0"),
+        (("--limit", "0"), "--limit is at least 2"),
+        (("--checkpoint", str(shipped_checkpoint("blsam_vit_t"))), "big.LITTLE model already"),
         (("--annotations", "a.json"), "go together"),
     ],
 )
@@ -125,8 +147,10 @@ def test_kill_and_resume_gives_the_same_checkpoint(photos, tmp_path):
     for stop in ((1, 5), (3, 2)):  # in the middle of the first and of the third pass
         process = subprocess.Popen(command("killed.safetensors"), env=environment, stdout=subprocess.DEVNULL)
         state = tmp_path / "killed.safetensors.calibration" / "state.pt"
+        began = time.monotonic()
         while True:
             assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() - began < 300, f"never came to {stop}"
             if state.is_file():
                 found = torch.load(state, weights_only=True)
                 if (found["pass"], found["layer"]) >= stop:

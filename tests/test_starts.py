@@ -42,8 +42,10 @@ def test_a_head_that_adds_nothing_is_the_one_left_out(x):
 @torch.no_grad()
 def test_heads_of_low_rank_are_cut_without_loss(x):
     wide = randomize(Attention(TINY.dim, TINY.dim, 4, 7, (10, 10)), 0.3)
-    for rows in wide.qkv.weight.view(12, 16, TINY.dim), wide.qkv.bias.view(12, 16), wide.rel_pos_h.T, wide.rel_pos_w.T:
-        (rows[:, 4:] if rows is not wide.rel_pos_h.T and rows.shape[0] == 12 else rows[4:]).zero_()
+    for of_heads in (wide.qkv.weight.view(12, 16, TINY.dim), wide.qkv.bias.view(12, 16)):
+        of_heads[:, 4:] = 0
+    for table in (wide.rel_pos_h, wide.rel_pos_w):
+        table[:, 4:] = 0
     narrow = Attention(TINY.dim, TINY.e_dim, 4, 7, (10, 10))  # 4 channels a head
     start_attention(narrow, wide, x)
     assert explained(narrow(x), wide(x)) > 1 - 1e-6
@@ -61,6 +63,19 @@ def test_feed_forward_of_low_rank_is_cut_without_loss():
     start_feed_forward(narrow, wide, rows)
     narrow.norm2 = wide.norm2 = torch.nn.Identity()
     assert explained(narrow.feed_forward(rows), wide.feed_forward(rows)) > 1 - 1e-5
+
+
+@torch.no_grad()
+def test_what_is_degenerate_gives_numbers_all_the_same(x):
+    wide = randomize(Attention(TINY.dim, TINY.dim, 4, 7, (10, 10)), 0.3)
+    wide.qkv.weight[: TINY.dim] = 0  # every query the same
+    narrow = Attention(TINY.dim, TINY.e_dim, 4, 7, (10, 10))
+    start_attention(narrow, wide, x)
+    assert explained(narrow(x), wide(x)) > 0.3
+    block, e = Block(TINY, 1, (10, 10)), EBlock(TINY, 1, (10, 10))
+    block.mlp.lin1.bias.fill_(-100)  # no unit ever fires
+    start_feed_forward(e, block, x.flatten(0, 2))
+    assert torch.isfinite(e.feed_forward(x.flatten(0, 2))).all()
 
 
 @torch.no_grad()

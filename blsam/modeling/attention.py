@@ -9,7 +9,7 @@ SAM pads partial windows with zeros *before* the projections, so a padded key is
 Here the projections run on real tokens only and the padding is filled in with those biases.
 
 The bias of all pairs is never held at once. Which of two forms computes the product is decided by measurement:
-`folded_attention` in half precision, on other devices than the CPU, and in training; `blocked_attention` in float32 on
+the folded form in half precision, on other devices than the CPU, and in training; the blocked form in float32 on
 the CPU.
 """
 

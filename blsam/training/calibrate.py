@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import resource
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +27,7 @@ from ..images import read_image
 from ..modeling.sam import Sam
 from ..precision import DTYPES
 from ..predictor import SamPredictor
-from .calibration import KEEP_RATIOS, Calibration, Settings
+from .calibration import Calibration, Settings
 
 MOST_STEPS = 1000  # of a fit, however many minutes there are
 
@@ -66,12 +64,16 @@ def calibrate(
 
     The report: `by_keep_ratio`, a list of keep_ratio, cosine_before and cosine_after (held-out photos, to the dense
     embedding; before: zero E-branches and a fresh seeded predictor) and, with annotations, box_miou_before, _after,
-    _dense in percent; seconds, photos, peak memory in GB, what each branch explains, whether
-    the correction was kept, a log line for each layer.
+    _dense in percent; seconds (of the fitting; not of what is measured before and after it), photos, peak memory in GB,
+    what each branch explains, whether the correction was kept, the log.
+
     A run of the same settings that was killed goes on from `output`.calibration/.
     """
     settings = settings or Settings()
-    output, began = Path(output), time.perf_counter()
+    output = Path(output)
+    state, _ = ckpt.read(checkpoint)
+    if any(ckpt.NEW.match(key) for key in state):
+        raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")
     torch.manual_seed(settings.seed)
     sam = sam_model_registry[model](checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio).to(device)
     transform = SamPredictor(sam).transform
@@ -81,8 +83,8 @@ def calibrate(
         return sam.preprocess(resized), tuple(resized.shape[-2:])
 
     folder = output.with_name(output.name + ".calibration")
-    identity = hashlib.sha256(Path(checkpoint).read_bytes())
-    identity.update(json.dumps([model, sam.image_encoder.img_size, [str(p) for p in photos]]).encode())
+    files = [(str(p), p.stat().st_size) for p in photos]
+    identity = json.dumps([ckpt.sha256(checkpoint), model, sam.image_encoder.img_size, files])
     with tqdm(total=100, unit="%", disable=quiet or not sys.stderr.isatty()) as bar:
         log: list[str] = []
 
@@ -91,33 +93,36 @@ def calibrate(
             share = done / 2 if text.startswith("pass 1") else (1 + done) / 2
             bar.n = round(100 * share)
             bar.set_postfix_str(text)
-            if text.startswith("about") and not quiet:
+
+        def note(text: str) -> None:
+            log.append(text)
+            if not quiet:
                 tqdm.write(text, file=sys.stderr)
 
-        run = Calibration(sam, inputs, len(photos), settings, folder, identity.hexdigest(), progress)
-        before = run.cosines(KEEP_RATIOS)
-        rows = [{"keep_ratio": keep, "cosine_before": cosine} for keep, cosine in zip(KEEP_RATIOS, before)]
+        run = Calibration(sam, inputs, len(photos), settings, folder, identity, progress, note)
+        rows = [{"keep_ratio": k, "cosine_before": c} for k, c in zip(run.ratios, run.cosines(run.ratios))]
         if annotations is not None:
             for row in rows:
                 row["box_miou_before"] = box_miou(sam, annotations, row["keep_ratio"])
         found = run.run()
-    for row, cosine in zip(rows, run.cosines(KEEP_RATIOS)):
+    for row, cosine in zip(rows, run.cosines(run.ratios)):
         row["cosine_after"] = cosine
         if annotations is not None:
             row["box_miou_after"] = box_miou(sam, annotations, row["keep_ratio"])
             row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(sam, annotations, 1.0)
-    report = {
-        "by_keep_ratio": rows,
-        **found,
-        "log": log,
-        "photos": len(photos),
-        "seconds": time.perf_counter() - began,
-    }
-    report["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    report = {"by_keep_ratio": rows, **found, "log": log, "photos": len(photos), "peak_gb": peak_gb(sam.device)}
     metadata = {"model": model, "image_size": sam.image_encoder.img_size, "calibration": report}
     ckpt.save(output, sam.state_dict(), metadata)
     shutil.rmtree(folder)
     return report
+
+
+def peak_gb(device: torch.device) -> float:
+    """The most memory that this process has held so far: of the GPU, or of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def box_ious(sam: Sam, annotations: Annotations, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
@@ -167,12 +172,15 @@ def command(args: argparse.Namespace) -> None:
     """`blsam calibrate`."""
     if (args.annotations is None) != (args.annotation_images is None):
         raise ValueError("--annotations and --annotation-images go together")
-    if not 0 < args.keep_ratio < 1 or (args.steps or 0) < 0 or not (args.minutes or 1) > 0:
-        raise ValueError("--keep-ratio lies between 0 and 1, --steps is at least 0, --minutes above 0")
+    for name, value, least in (("--steps", args.steps, 0), ("--limit", args.limit, 2)):
+        if value is not None and value < least:
+            raise ValueError(f"{name} is at least {least}")
+    if not 0 < args.keep_ratio < 1 or (args.minutes is not None and not args.minutes > 0):
+        raise ValueError("--keep-ratio lies between 0 and 1, --minutes above 0")
     ckpt.checked_path(args.checkpoint)
     if args.output.suffix not in ckpt.SUFFIXES:
         raise ValueError(f"{args.output}: a checkpoint ends in {', '.join(ckpt.SUFFIXES)}")
-    photos = choose_photos(args.images, args.limit or default_limit(args.model), args.seed)
+    photos = choose_photos(args.images, default_limit(args.model) if args.limit is None else args.limit, args.seed)
     annotations = None
     if args.annotations is not None:
         annotations = Annotations(args.annotations, args.annotation_images, "coco")

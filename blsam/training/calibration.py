@@ -8,7 +8,7 @@
 
 No gradient passes through more than one stage. Both streams lie on disk, so memory does not grow with the number of
 photos. After every layer and stage the state is written; a run that was killed goes on from there and ends with the
-same weights, bit for bit on a CPU.
+same weights, bit for bit on a CPU (torch's deterministic algorithms are asked for).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,11 +36,14 @@ from .losses import cosine_loss
 from .starts import start_attention, start_feed_forward
 from .streams import Streams
 
-HELD_OUT = 5  # every fifth photo is for the report, not for the fit
+HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
 ROWS = 2048  # tokens of a feed-forward step
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
 FITTING = 0.7  # share of the time left that goes to the fits; the rest moves the photos on
-STARTS = 2**15  # tokens that the closed-form starts look at
+STARTS, ROW_BUDGET = (
+    32,
+    2**15,
+)  # photos that the closed-form starts look at, and tokens of theirs that are regressed on
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
@@ -47,7 +51,8 @@ KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is 
 class Settings:
     """steps: AdamW steps for each E-branch and predictor; stage_steps: for each stage in the third pass.
 
-    minutes: wall time for the whole run; it cuts the steps of all fits evenly (and gives up exact repeatability).
+    minutes: wall time for `run`, without what is measured before and after; it cuts the steps of all fits evenly (and
+    gives up exact repeatability). The photos still go through every layer: with many of them that alone may take longer.
     """
 
     steps: int = 100
@@ -66,7 +71,7 @@ class Calibration:
 
     sam: a `blsam_*` model warm-started from a SAM checkpoint, in float32. inputs: preprocessed photos [3, S, S] with
     their true sizes (h, w). folder: the run's files. identity: what else must be the same when a run goes on. progress:
-    called after every layer with a line and the share of its pass that is done.
+    called after every layer with a line and the share of its pass that is done. note: called once, with an estimate.
     """
 
     def __init__(
@@ -78,9 +83,10 @@ class Calibration:
         folder: Path,
         identity: str = "",
         progress: Callable[[str, float], None] = lambda text, done: None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.encoder, self.inputs, self.count, self.settings = sam.image_encoder, inputs, count, settings
-        self.folder, self.progress = folder, progress
+        self.folder, self.progress, self.note = folder, progress, note
         self.identity = json.dumps(asdict(settings)) + identity
         self.held_out = np.arange(count)[HELD_OUT - 1 :: HELD_OUT] if count >= HELD_OUT else np.array([count - 1])
         self.fitted = np.setdiff1d(np.arange(count), self.held_out)
@@ -99,8 +105,16 @@ class Calibration:
     # --- the three passes ---------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
-        """Fit, choose, correct; returns the fit of each branch and whether the third pass was kept."""
-        state = self._resume()
+        """Fit, choose, correct; returns the fit of each branch, seconds, and whether the third pass was kept."""
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(self.streams.device.type == "cpu", warn_only=True)
+        try:
+            return self._run()
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+    def _run(self) -> dict[str, Any]:
+        self.began, state = time.monotonic(), self._resume()
         if state["pass"] == 1:
             self._dense_pass(state["layer"])
             fitted = self._learnt()
@@ -117,7 +131,7 @@ class Calibration:
         kept = cosines["corrected"] > cosines["fitted"]
         if kept:
             self.encoder.load_state_dict(corrected, strict=False)
-        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept}
+        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept, "seconds": self._seconds()}
 
     @torch.no_grad()
     def _dense_pass(self, start: int) -> None:
@@ -151,12 +165,13 @@ class Calibration:
         before, middle, after = f"dense-{i}", f"middle-{i}", f"dense-{i + 1}"
 
         def some(name: str) -> torch.Tensor:
-            return streams.read(name, self.fitted[: max(2, STARTS // side**2)])
+            return streams.read(name, self.fitted[:: -(-len(self.fitted) // STARTS)])
 
+        stride = -(-min(STARTS, len(self.fitted)) * side * side // ROW_BUDGET)
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
-            start_attention(e.attn, block.attn, block.norm1(some(before)))
+            start_attention(e.attn, block.attn, block.norm1(some(before)), stride)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
         left = self._left_over(i, lambda j: None if e is None else e.attention(streams.read(before, j)))
@@ -164,7 +179,7 @@ class Calibration:
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
             e.norm2.load_state_dict(block.norm2.state_dict())
-            start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, 2))
+            start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, 2)[::stride])
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
         more = self._left_over(i, lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
@@ -323,7 +338,7 @@ class Calibration:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * progress))
-            with torch.autocast(self.streams.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(self.streams.device.type, torch.bfloat16) if half else nullcontext():
                 value = loss(step)
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients):
@@ -332,7 +347,10 @@ class Calibration:
             losses.append(value.item())
         for parameter in parameters:
             parameter.grad = None
-        return float(np.mean(losses[-max(1, len(losses) // 10) :])) if losses else float("nan")
+        if not losses:
+            with torch.no_grad():
+                losses = [loss(0).item()]
+        return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
@@ -385,25 +403,27 @@ class Calibration:
         done = (self.layers.index(layer) + 1) / len(self.layers)
         fits = [f"{name.split('.')[1]} {fit:.3f}" for name, fit in self.fits.items() if name.startswith(f"{layer}.")]
         seconds = time.perf_counter() - began
-        self.progress(f"pass 1, layer {layer}: {', '.join(fits)}, {seconds:.1f} s", done)
+        self.progress(", ".join([f"pass 1, layer {layer}", *fits, f"{seconds:.1f} s"]), done)
         if layer == self.layers[0]:
-            self.progress(f"about {self._estimate(seconds) / 60:.0f} minutes in all", done)
+            self.note(self._estimate(seconds))
 
-    def _estimate(self, seconds: float) -> float:
-        """Seconds of the whole run from those of the first routed layer and of one photo in each kind of layer."""
+    def _estimate(self, seconds: float) -> str:
+        """How long the whole run takes, from the seconds of the first routed layer and of one photo in each kind."""
         x, cost = self.streams.read(f"dense-{self.layers[0]}", 0), {}
         for i in self.layers:
             kind = self.encoder.config.is_global(i)
             if kind not in cost:
+                self._dense(x, [i]).sum().item()  # once to warm up; .item() waits for the device
                 began = time.perf_counter()
-                self._dense(x, [i])
+                self._dense(x, [i]).sum().item()
                 cost[kind] = time.perf_counter() - began
         through = sum(cost[self.encoder.config.is_global(i)] for i in self.layers)
         fit = seconds * through / cost[self.encoder.config.is_global(self.layers[0])]
         steps = 4 * self.settings.stage_steps * self.settings.batch_size  # forward and back, both branches
-        if self.settings.minutes is not None:
-            return 60 * self.settings.minutes
-        return fit + (steps + 2 * self.count) * through
+        minutes = (fit + (steps + 2 * self.count) * through) / 60
+        if self.settings.minutes is None or minutes <= self.settings.minutes:
+            return f"about {minutes:.0f} minutes in all"
+        return f"about {minutes:.0f} minutes without the limit of {self.settings.minutes:g}: fewer steps of every fit"
 
     def _seconds(self) -> float:
         return self.spent + time.monotonic() - self.began

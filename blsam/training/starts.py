@@ -27,18 +27,21 @@ RIDGE = 0.1  # of that regression, as a share of the mean variance
 
 
 @torch.no_grad()
-def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor) -> None:
-    """Set the weights of `narrow` from those of `wide`; x [B, H, W, dim], whole photos as both see them (normalised)."""
-    rows = x.flatten(0, 2).cpu().double()
+def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor, stride: int = 1) -> None:
+    """Set the weights of `narrow` from those of `wide`; x [B, H, W, dim], whole photos as both see them (normalised).
+
+    Every `stride`-th token is regressed on, which bounds the memory.
+    """
+    rows = x.flatten(0, 2)[::stride].cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    target = wide(x).cpu().double()
+    target = wide(x)[::stride].cpu().double()
     chosen = list(range(wide.heads))
     if narrow.heads < wide.heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
-        seen = [_gathered(wide, h, x).cpu().double() @ main for h in chosen]
+        seen = [_gathered(wide, h, x)[::stride].cpu().double() @ main for h in chosen]
         chosen = _choose(seen, target - target.mean(0), narrow.heads)
     _cut_logits(narrow, wide, chosen, mean, moment)
-    seen = [_gathered(narrow, e, x).cpu().double() for e in range(narrow.heads)]
+    seen = [_gathered(narrow, e, x)[::stride].cpu().double() for e in range(narrow.heads)]
     _fit_values(narrow, wide, chosen, seen, target)
 
 
@@ -67,15 +70,14 @@ def _choose(seen: list[torch.Tensor], target: torch.Tensor, count: int) -> list[
     """One after the other, the heads from whose gathered tokens [n, r] the target [n, dim] is predicted best."""
     features = torch.cat([f - f.mean(0) for f in seen], dim=1)
     gram, cross, r = features.T @ features, features.T @ target, seen[0].shape[1]
-    ridge = 1e-6 * gram.diagonal().mean()
-    places = torch.arange(features.shape[1], device=features.device).view(len(seen), r)
+    gram = gram + _ridge(gram, 1e-6)
+    places = torch.arange(features.shape[1]).view(len(seen), r)
     chosen: list[int] = []
     for _ in range(count):
 
         def explained(h: int, chosen: list[int] = chosen) -> float:
             of = places[[*chosen, h]].flatten()
-            inner = gram[of][:, of] + ridge * torch.eye(len(of), dtype=gram.dtype, device=gram.device)
-            return (torch.linalg.solve(inner, cross[of]) * cross[of]).sum().item()
+            return (torch.linalg.solve(gram[of][:, of], cross[of]) * cross[of]).sum().item()
 
         chosen.append(max((h for h in range(len(seen)) if h not in chosen), key=explained))
     return sorted(chosen)
@@ -100,7 +102,8 @@ def _cut_logits(
     _, inverse = _roots(shared)
     directions = torch.linalg.eigh(inverse @ (of_q @ of_c @ of_q).sum(0) @ inverse).eigenvectors.flip(1)[:, :r]
     p = inverse @ directions  # [d, r], p' shared p = 1
-    back = torch.linalg.solve(p.T @ of_q @ p, p.T @ of_q)  # [heads, r, d]: the best k for q cut down to p' q
+    # [heads, r, d]: the best k for q cut down to p' q; a pseudo-inverse, for queries may lie in fewer dimensions
+    back = torch.linalg.pinv(p.T @ of_q @ p, hermitian=True) @ p.T @ of_q
     keys = back * (d_e / d) ** 0.5
 
     weight, bias = wq.new_zeros(2, narrow.heads, d_e, dim), bq.new_zeros(2, narrow.heads, d_e)
@@ -126,14 +129,14 @@ def _fit_values(
     means, left = [f.mean(0) for f in seen], target - target.mean(0)
     seen = [f - mean for f, mean in zip(seen, means)]
     grams = [f.T @ f / len(f) for f in seen]
+    factors = [torch.linalg.cholesky(gram + _ridge(gram, RIDGE)) for gram in grams]
     pairs = [_cut(gram, o @ v, d_e) for gram, v, o in zip(grams, values, out)]
     for features, (v, o) in zip(seen, pairs):
         left = left - features @ v.T @ o.T
     for _ in range(SWEEPS):
         for e, (features, gram) in enumerate(zip(seen, grams)):
             v, o = pairs[e]
-            ridge = RIDGE * gram.diagonal().mean() * torch.eye(dim, dtype=gram.dtype, device=gram.device)
-            more = torch.linalg.solve(gram + ridge, features.T @ left / len(left)).T
+            more = torch.cholesky_solve(features.T @ left / len(left), factors[e]).T
             pairs[e] = _cut(gram, o @ v + more, d_e)
             left = left + features @ v.T @ o.T - features @ pairs[e][0].T @ pairs[e][1].T
     offset = target.mean(0) - sum(o @ (v @ mean) for (v, o), mean in zip(pairs, means))
@@ -141,6 +144,11 @@ def _fit_values(
     narrow.qkv.bias[2 * narrow.inner :].zero_()
     narrow.proj.weight.copy_(torch.cat([o for _, o in pairs], dim=1))
     narrow.proj.bias.copy_(offset)
+
+
+def _ridge(gram: torch.Tensor, share: float) -> torch.Tensor:
+    """A multiple of the identity, a share of the mean variance."""
+    return (share * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
 
 
 def _cut(gram: torch.Tensor, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,6 +174,7 @@ def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
     mean = rows.mean(0)
     root, inverse = _roots((rows - mean).T @ (rows - mean) / len(rows))
     importance = energy[chosen].sqrt()[:, None]
+    importance = importance.clamp(min=1e-6 * importance.max() + 1e-30)  # units that never fire
     u, s, vt = torch.linalg.svd(importance * w1[chosen] @ root, full_matrices=False)
     entry, lin1 = vt[:inner] @ inverse, u[:, :inner] * s[:inner] / importance
     bias1 = b1[chosen] + w1[chosen] @ mean
@@ -173,8 +182,7 @@ def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
     features = wide.mlp.act((rows - mean) @ entry.T @ lin1.T + bias1)
     centre = features.mean(0)
     gram = (features - centre).T @ (features - centre)
-    ridge = 1e-9 * gram.diagonal().mean() * torch.eye(hidden, dtype=gram.dtype, device=gram.device)
-    best = torch.linalg.solve(gram + ridge, (features - centre).T @ target).T
+    best = torch.linalg.solve(gram + _ridge(gram, 1e-9), (features - centre).T @ target).T
     lin2, exit_ = _cut(gram, best, inner)
 
     values = {"entry": (entry, -entry @ mean), "mlp.lin1": (lin1, bias1)}
