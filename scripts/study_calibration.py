@@ -39,7 +39,7 @@ from blsam.modeling.windows import real_tokens
 from blsam.training.calibrate import box_ious, calibrate, choose_photos
 from blsam.training.calibration import KEEP_RATIOS, Settings
 
-PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 100, 200)
+PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 100)
 TEST_PHOTOS = 32
 
 
