@@ -28,7 +28,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def draw(axes: Axes, rows: list[dict[str, Any]], key: str, label: str) -> None:
     """What is lost of the cosine to the dense embedding over the number of photos or steps."""
     rows = sorted(rows, key=lambda row: row[key])
-    places = [max(row[key], 0.5) for row in rows]  # 0 steps has a place on a logarithmic axis too
+    places = [row[key] or 6 for row in rows]  # 0 steps has a place on a logarithmic axis too
     for keep, colour in COLOURS.items():
         axes.plot(places, [1 - row[f"cosine_{keep:g}"] for row in rows], "o-", color=colour, label=f"keep {keep:g}")
     for place, row in zip(places, rows):
@@ -41,6 +41,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], key: str, label: str) -> None:
             fontsize=7,
         )
     axes.set(xlabel=label, xscale="log", yscale="log")
+    axes.margins(x=0.12, y=0.1)
     axes.set_xticks(places, [str(row[key]) for row in rows])
     axes.xaxis.set_minor_formatter(NullFormatter())
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
