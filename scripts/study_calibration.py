@@ -24,20 +24,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from blsam import SamPredictor, sam_model_registry
+from blsam import sam_model_registry
 from blsam.checkpoint import sha256
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap
-from blsam.images import read_image
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
-from blsam.training.calibrate import box_ious, calibrate, choose_photos
+from blsam.training.calibrate import box_ious, calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
+from blsam.training.losses import cosine_loss
 
 PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 100)
 TEST_PHOTOS = 32
@@ -78,25 +77,20 @@ class Meter:
     def __init__(self, args: argparse.Namespace) -> None:
         self.dense = sam_model_registry[args.model.removeprefix("blsam_")](args.checkpoint)
         self.weights = sha256(args.checkpoint)
-        self.inputs = [self._read(path) for path in choose_photos(args.test_images, TEST_PHOTOS, args.seed)]
+        self.inputs = [prepare(self.dense, path) for path in choose_photos(args.test_images, TEST_PHOTOS, args.seed)]
         with torch.no_grad():
-            self.expected = [self.dense.image_encoder(x) for x, _ in self.inputs]
+            self.expected = [self.dense.image_encoder(x[None]) for x, _ in self.inputs]
         self.annotations = None
         if args.annotations is not None:
             self.annotations = Annotations(args.annotations, args.annotation_images, "coco")
-
-    def _read(self, path: Path) -> tuple[torch.Tensor, tuple[int, int]]:
-        image = SamPredictor(self.dense).transform.apply_image(read_image(path))
-        return self.dense.preprocess(torch.as_tensor(image).permute(2, 0, 1))[None], image.shape[:2]
 
     @torch.no_grad()
     def cosines(self, sam: Sam, keep_ratio: float) -> np.ndarray:
         """Of every test photo, a mean over its real tokens: [n]."""
         found, side = [], sam.image_encoder.img_size // 16
         for (x, size), expected in zip(self.inputs, self.expected):
-            ours = sam.image_encoder(x, true_sizes=[size], keep_ratio=keep_ratio)
-            real = real_tokens(side, side, torch.tensor([size]))
-            found.append(F.cosine_similarity(ours, expected, dim=1)[real].mean().item())
+            ours = sam.image_encoder(x[None], true_sizes=[size], keep_ratio=keep_ratio)
+            found.append(1 - cosine_loss(ours, expected, real_tokens(side, side, torch.tensor([size]))).item())
         return np.array(found)
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import signal
 import sys
 import time
@@ -47,6 +46,7 @@ from blsam.data.sa1b import Sample, TrainingViews, list_photos, split_photos
 from blsam.evaluation.commands import run_script
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
+from blsam.training.calibrate import peak_gb
 from blsam.training.losses import DISTILLATION_LOSSES, MASK_LOSSES, mask_iou, supervised_loss
 from blsam.training.prompts import corrective_clicks, first_clicks, noisy_boxes
 from blsam.training.teachers import DENSE, TEACHERS, load_teacher
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
             row = {"step": step, "minutes": round(minutes, 2), "lr": optimizer.param_groups[0]["lr"]}
             row |= {name: round(float(np.mean(values)), 5) for name, values in sums.items()}
             row["images_per_second"] = round((step - first) * args.batch_size / (60 * (minutes - spent) + 1e-9), 2)
-            row["peak_gb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+            row["peak_gb"] = round(peak_gb(sam.device), 2)
             log.write(json.dumps(row) + "\n")
             log.flush()
             bar.set_postfix({name: row[name] for name in ("loss", "iou") if name in row})

@@ -60,9 +60,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def identify(path: Path) -> tuple[str, str]:
+def identify(path: Path, state: ckpt.State) -> tuple[str, str]:
     """The model that a checkpoint fits, and what its SHA-256 says."""
-    state, _ = ckpt.read(path)
     for name in OFFICIAL:
         try:
             ckpt.check_fits(state, CONFIGS[name], str(path))
@@ -91,11 +90,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(args: argparse.Namespace, name: str, image: np.ndarray) -> list[tuple[str, str]]:
+def compare(args: argparse.Namespace, name: str, state: ckpt.State, image: np.ndarray) -> list[tuple[str, str]]:
     """Rows of the table: parity and times."""
     reference = segment_anything.sam_model_registry[name]()
     try:
-        reference.load_state_dict(ckpt.read(args.checkpoint)[0])
+        reference.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"segment_anything does not take {args.checkpoint} as {name} ({reason})") from None
@@ -172,9 +171,10 @@ def default_image() -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
-    name, identity = identify(ckpt.checked_path(args.checkpoint))
+    state, _ = ckpt.read(args.checkpoint)
+    name, identity = identify(args.checkpoint, state)
     image = read_image(args.image) if args.image else default_image()
-    steps: list[Callable[[], list[tuple[str, str]]]] = [lambda: compare(args, name, image)]
+    steps: list[Callable[[], list[tuple[str, str]]]] = [lambda: compare(args, name, state, image)]
     steps += [lambda: calibrated(args, name)] if args.calibrate else []
     machine = platform.processor() or platform.machine()
     if torch.device(args.device).type == "cuda":

@@ -76,11 +76,9 @@ def calibrate(
         raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")
     torch.manual_seed(settings.seed)
     sam = sam_model_registry[model](checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio).to(device)
-    transform = SamPredictor(sam).transform
 
     def inputs(i: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        resized = torch.as_tensor(transform.apply_image(read_image(photos[i]))).permute(2, 0, 1).to(device)
-        return sam.preprocess(resized), tuple(resized.shape[-2:])
+        return prepare(sam, photos[i])
 
     folder = output.with_name(output.name + ".calibration")
     files = [(str(p), p.stat().st_size) for p in photos]
@@ -90,8 +88,7 @@ def calibrate(
 
         def progress(text: str, done: float) -> None:
             log.append(text)
-            share = done / 2 if text.startswith("pass 1") else (1 + done) / 2
-            bar.n = round(100 * share)
+            bar.n = round(100 * done)
             bar.set_postfix_str(text)
 
         def note(text: str) -> None:
@@ -115,6 +112,12 @@ def calibrate(
     ckpt.save(output, sam.state_dict(), metadata)
     shutil.rmtree(folder)
     return report
+
+
+def prepare(sam: Sam, photo: Path) -> tuple[torch.Tensor, tuple[int, int]]:
+    """A photo as the image encoder takes it, [3, S, S] on the model's device, and its true size (h, w) in there."""
+    image = SamPredictor(sam).transform.apply_image(read_image(photo))
+    return sam.preprocess(torch.as_tensor(image, device=sam.device).permute(2, 0, 1)), image.shape[:2]
 
 
 def peak_gb(device: torch.device) -> float:

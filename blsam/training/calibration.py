@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from ..modeling.blocks import Block, RoutedBlock
 from ..modeling.routing import route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
-from ..precision import resolve_dtype
+from .descent import Descent
 from .losses import cosine_loss
 from .starts import start_attention, start_feed_forward
 from .streams import Streams
@@ -39,11 +38,8 @@ from .streams import Streams
 HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
 ROWS = 2048  # tokens of a feed-forward step
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
-FITTING = 0.7  # share of the time left that goes to the fits; the rest moves the photos on
-STARTS, ROW_BUDGET = (
-    32,
-    2**15,
-)  # photos that the closed-form starts look at, and tokens of theirs that are regressed on
+STARTS = 32  # photos that the closed-form starts look at
+START_ROWS = 2**15  # tokens of theirs that are regressed on
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
@@ -71,7 +67,7 @@ class Calibration:
 
     sam: a `blsam_*` model warm-started from a SAM checkpoint, in float32. inputs: preprocessed photos [3, S, S] with
     their true sizes (h, w). folder: the run's files. identity: what else must be the same when a run goes on. progress:
-    called after every layer with a line and the share of its pass that is done. note: called once, with an estimate.
+    called after every layer and stage with a line and the share of the whole that is done. note: called once, with an estimate.
     """
 
     def __init__(
@@ -98,9 +94,9 @@ class Calibration:
         self.layers = [i for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)]
         self.fits: dict[str, float] = {}
         branches = sum(self.encoder.blocks[i].e_block is not None for i in self.layers)
-        self.weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
-        self.weight += len(self.encoder.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
-        self.weight_done, self.began, self.spent = 0, time.monotonic(), 0.0
+        weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
+        weight += len(self.encoder.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
+        self.descent = Descent(settings.minutes, weight, settings.dtype, sam.device)
 
     # --- the three passes ---------------------------------------------------------------------------------------
 
@@ -114,7 +110,7 @@ class Calibration:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
     def _run(self) -> dict[str, Any]:
-        self.began, state = time.monotonic(), self._resume()
+        state = self._resume()
         if state["pass"] == 1:
             self._dense_pass(state["layer"])
             fitted = self._learnt()
@@ -131,7 +127,7 @@ class Calibration:
         kept = cosines["corrected"] > cosines["fitted"]
         if kept:
             self.encoder.load_state_dict(corrected, strict=False)
-        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept, "seconds": self._seconds()}
+        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept, "seconds": self.descent.seconds}
 
     @torch.no_grad()
     def _dense_pass(self, start: int) -> None:
@@ -167,14 +163,14 @@ class Calibration:
         def some(name: str) -> torch.Tensor:
             return streams.read(name, self.fitted[:: -(-len(self.fitted) // STARTS)])
 
-        stride = -(-min(STARTS, len(self.fitted)) * side * side // ROW_BUDGET)
+        stride = -(-min(STARTS, len(self.fitted)) * side * side // START_ROWS)
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
             start_attention(e.attn, block.attn, block.norm1(some(before)), stride)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
-        left = self._left_over(i, lambda j: None if e is None else e.attention(streams.read(before, j)))
+        left = self._left_over(lambda j: None if e is None else e.attention(streams.read(before, j)))
         streams.write(middle, lambda j: streams.read(before, j) + streams.read("target", j))
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
@@ -182,13 +178,13 @@ class Calibration:
             start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, 2)[::stride])
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
-        more = self._left_over(i, lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
+        more = self._left_over(lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
         streams.write(
             f"residual-{i + 1}", lambda j: streams.read(f"residual-{i}", j)[0, ..., 0] + left[j] + more[j], channels=1
         )
         streams.write(after, lambda j: streams.read(middle, j) + streams.read("target", j))
 
-    def _left_over(self, i: int, branch: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor]:
+    def _left_over(self, branch: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor]:
         """Squared distance between target and branch for every token of every photo: [H, W] each."""
         found = []
         for j in range(self.count):
@@ -219,7 +215,9 @@ class Calibration:
             x = self.streams.rows(f"scored-{stage}", places[chosen])
             return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
 
-        self._descend(list(predictor.parameters()), loss, self.settings.steps, self.settings.lr, WEIGHTS["predictor"])
+        self.descent.fit(
+            list(predictor.parameters()), loss, self.settings.steps, self.settings.lr, WEIGHTS["predictor"]
+        )
 
     # --- the third pass -----------------------------------------------------------------------------------------
 
@@ -245,7 +243,7 @@ class Calibration:
             )
             self.progress(
                 f"pass 3, stage {number}: error {loss:.4f}, {time.perf_counter() - began:.1f} s",
-                (number + 1) / len(self.encoder.predictors),
+                0.5 + (number + 1) / len(self.encoder.predictors) / 2,
             )
             self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
 
@@ -284,7 +282,7 @@ class Calibration:
                 return cosine_loss(self.encoder.embed(x), self.encoder.embed(goal), real)
             return (x - goal).square().sum() / (goal - start).square().sum()
 
-        return self._descend(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
+        return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
 
     # --- fitting one branch -------------------------------------------------------------------------------------
 
@@ -298,7 +296,7 @@ class Calibration:
             d_e = e.attention(self.streams.read(source, photos)).view(target.shape)
             return (d_e - target).square().sum() / target.square().sum()
 
-        return 1 - self._descend(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["attention"])
+        return 1 - self.descent.fit(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["attention"])
 
     @torch.enable_grad()
     def _fit_rows(self, e: nn.Module, parameters: list, source: str, seed: list[int]) -> float:
@@ -311,46 +309,11 @@ class Calibration:
             target = self.streams.rows("target", chosen)
             return (e.feed_forward(self.streams.rows(source, chosen)) - target).square().sum() / target.square().sum()
 
-        return 1 - self._descend(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["feed_forward"])
+        return 1 - self.descent.fit(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["feed_forward"])
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """Photos of one step."""
         return np.sort(rng.choice(self.fitted, min(self.settings.batch_size, len(self.fitted)), replace=False))
-
-    def _descend(
-        self, parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float, weight: int
-    ) -> float:
-        """AdamW with a cosine to zero; the mean loss of the last tenth of the steps.
-
-        With a time limit the fit takes its share of what is left, `weight` out of those of all fits to come.
-        """
-        began, limit = time.monotonic(), float("inf")
-        if self.settings.minutes is not None:
-            left = 60 * self.settings.minutes - self._seconds()
-            limit = max(0.0, FITTING * left * weight / (self.weight - self.weight_done)) or 1e-9
-        self.weight_done += weight
-        optimizer = torch.optim.AdamW(parameters, lr, betas=(0.9, 0.98), weight_decay=1e-4)
-        half = resolve_dtype(self.settings.dtype, self.streams.device) == torch.bfloat16
-        losses = []
-        for step in range(steps):
-            progress = max(step / steps, (time.monotonic() - began) / limit)
-            if progress >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 20) * 0.5 * (1 + np.cos(np.pi * progress))
-            with torch.autocast(self.streams.device.type, torch.bfloat16) if half else nullcontext():
-                value = loss(step)
-            gradients = torch.autograd.grad(value, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.grad = gradient
-            optimizer.step()
-            losses.append(value.item())
-        for parameter in parameters:
-            parameter.grad = None
-        if not losses:
-            with torch.no_grad():
-                losses = [loss(0).item()]
-        return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
@@ -364,10 +327,13 @@ class Calibration:
         found, side = [], self.streams.shape[1]
         for j in self.held_out:
             x, size = self.inputs(j)
-            x, real = x[None].to(self.streams.device), real_tokens(side, side, torch.tensor([size]))
+            x, real = (
+                x[None].to(self.streams.device),
+                real_tokens(side, side, torch.tensor([size], device=self.streams.device)),
+            )
             dense = self.encoder.embed(self._dense(self._embed(j), range(self.encoder.config.depth)))
             ours = [self.encoder(x, true_sizes=[size], keep_ratio=k) for k in keep_ratios]
-            found.append([F.cosine_similarity(dense, one, dim=1).cpu()[real].mean().item() for one in ours])
+            found.append([1 - cosine_loss(one, dense, real).item() for one in ours])
         return np.mean(found, axis=0).tolist()
 
     def _learnt(self) -> dict[str, torch.Tensor]:
@@ -379,8 +345,7 @@ class Calibration:
 
     def _save(self, number: int, layer: int, streams: Sequence[str]) -> dict[str, Any]:
         state = {"pass": number, "layer": layer, "identity": self.identity, "fits": self.fits}
-        state |= {"weight_done": self.weight_done, "seconds": self._seconds()}
-        state |= {"learnt": self._learnt(), "streams": list(streams)}
+        state |= {"weight_done": self.descent.done, "seconds": self.descent.seconds, "learnt": self._learnt()}
         write_atomically(self.folder / "state.pt", lambda path: torch.save(state, path))
         self.streams.keep_only([*streams, "dense-start"])
         return state
@@ -389,6 +354,7 @@ class Calibration:
         """Where an earlier run with these settings stopped, its weights loaded; else the beginning."""
         path = self.folder / "state.pt"
         if not path.is_file():
+            self.descent.start(0, 0.0)
             return {"pass": 1, "layer": 0}
         state = torch.load(path, weights_only=True)
         if state["identity"] != self.identity:
@@ -396,11 +362,12 @@ class Calibration:
                 f"{self.folder} holds a run with other settings, weights or photos; remove it to begin anew"
             )
         self.encoder.load_state_dict(state["learnt"], strict=False)
-        self.fits, self.weight_done, self.spent = state["fits"], state["weight_done"], state["seconds"]
+        self.fits = state["fits"]
+        self.descent.start(state["weight_done"], state["seconds"])
         return state
 
     def _report(self, layer: int, began: float) -> None:
-        done = (self.layers.index(layer) + 1) / len(self.layers)
+        done = (self.layers.index(layer) + 1) / len(self.layers) / 2
         fits = [f"{name.split('.')[1]} {fit:.3f}" for name, fit in self.fits.items() if name.startswith(f"{layer}.")]
         seconds = time.perf_counter() - began
         self.progress(", ".join([f"pass 1, layer {layer}", *fits, f"{seconds:.1f} s"]), done)
@@ -424,6 +391,3 @@ class Calibration:
         if self.settings.minutes is None or minutes <= self.settings.minutes:
             return f"about {minutes:.0f} minutes in all"
         return f"about {minutes:.0f} minutes without the limit of {self.settings.minutes:g}: fewer steps of every fit"
-
-    def _seconds(self) -> float:
-        return self.spent + time.monotonic() - self.began

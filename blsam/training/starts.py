@@ -130,14 +130,15 @@ def _fit_values(
     seen = [f - mean for f, mean in zip(seen, means)]
     grams = [f.T @ f / len(f) for f in seen]
     factors = [torch.linalg.cholesky(gram + _ridge(gram, RIDGE)) for gram in grams]
-    pairs = [_cut(gram, o @ v, d_e) for gram, v, o in zip(grams, values, out)]
+    roots = [_roots(gram) for gram in grams]
+    pairs = [_cut(root, o @ v, d_e) for root, v, o in zip(roots, values, out)]
     for features, (v, o) in zip(seen, pairs):
         left = left - features @ v.T @ o.T
     for _ in range(SWEEPS):
-        for e, (features, gram) in enumerate(zip(seen, grams)):
+        for e, features in enumerate(seen):
             v, o = pairs[e]
             more = torch.cholesky_solve(features.T @ left / len(left), factors[e]).T
-            pairs[e] = _cut(gram, o @ v + more, d_e)
+            pairs[e] = _cut(roots[e], o @ v + more, d_e)
             left = left + features @ v.T @ o.T - features @ pairs[e][0].T @ pairs[e][1].T
     offset = target.mean(0) - sum(o @ (v @ mean) for (v, o), mean in zip(pairs, means))
     narrow.qkv.weight[2 * narrow.inner :].copy_(torch.cat([v for v, _ in pairs]))
@@ -151,9 +152,11 @@ def _ridge(gram: torch.Tensor, share: float) -> torch.Tensor:
     return (share * gram.diagonal().mean() + 1e-30) * torch.eye(len(gram), dtype=gram.dtype)
 
 
-def _cut(gram: torch.Tensor, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """a [rank, n], b [m, rank], so that b a is nearest to weight [m, n] on inputs of these second moments [n, n]."""
-    root, inverse = _roots(gram)
+def _cut(
+    roots: tuple[torch.Tensor, torch.Tensor], weight: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a [rank, n], b [m, rank], so that b a is nearest to weight [m, n] on inputs whose second moments have these roots."""
+    root, inverse = roots
     u, s, vt = torch.linalg.svd(root @ weight.T, full_matrices=False)
     half = s[:rank].sqrt()
     return (u[:, :rank] * half).T @ inverse, vt[:rank].T * half
@@ -183,7 +186,7 @@ def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
     centre = features.mean(0)
     gram = (features - centre).T @ (features - centre)
     best = torch.linalg.solve(gram + _ridge(gram, 1e-9), (features - centre).T @ target).T
-    lin2, exit_ = _cut(gram, best, inner)
+    lin2, exit_ = _cut(_roots(gram), best, inner)
 
     values = {"entry": (entry, -entry @ mean), "mlp.lin1": (lin1, bias1)}
     values |= {"mlp.lin2": (lin2, -lin2 @ centre), "exit": (exit_, target.mean(0))}

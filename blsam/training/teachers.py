@@ -26,15 +26,16 @@ def load_teacher(name: str, checkpoint: str | Path, image_size: int) -> tuple[nn
 
     FileNotFoundError, CheckpointError or ImportError (mobile_sam needs its package) in one line.
     """
-    state, _ = ckpt.read(checkpoint)
     if name == "mobile_sam":
+        state, _ = ckpt.read(checkpoint)
         encoder = _mobile_sam_encoder(image_size)
         own = {key.removeprefix("image_encoder."): v for key, v in state.items() if key.startswith("image_encoder.")}
         if set(own) != set(encoder.state_dict()):
             raise ckpt.CheckpointError(f"{checkpoint} is not a MobileSAM checkpoint (its encoder is not TinyViT-5M)")
         encoder.load_state_dict(own)
     else:
-        encoder = sam_model_registry[name](checkpoint, image_size=image_size).image_encoder
+        sam = sam_model_registry[name](checkpoint, image_size=image_size)
+        encoder, state = sam.image_encoder, sam.state_dict()
     decoder = {key: value for key, value in state.items() if key.startswith(DECODER_PARTS)}
     return encoder.eval().requires_grad_(False), decoder
 
