@@ -65,9 +65,10 @@ class Settings:
 class Calibration:
     """One run: `run()` fits the encoder of `sam` in place and returns what it found.
 
-    sam: a `blsam_*` model warm-started from a SAM checkpoint, in float32. inputs: preprocessed photos [3, S, S] with
-    their true sizes (h, w). folder: the run's files. identity: what else must be the same when a run goes on. progress:
-    called after every layer and stage with a line and the share of the whole that is done. note: called once, with an estimate.
+    sam: a `blsam_*` model warm-started from a SAM checkpoint, in float32. inputs: preprocessed photos [3, S, S] on its
+    device, with their true sizes (h, w). folder: the run's files. identity: what else must be the same when a run goes
+    on. progress: called after every layer and stage with a line and the share of the whole that is done. note: called
+    once, with an estimate.
     """
 
     def __init__(
@@ -318,7 +319,7 @@ class Calibration:
     # --- ends, state, report ------------------------------------------------------------------------------------
 
     def _embed(self, j: int) -> torch.Tensor:
-        x = self.inputs(j)[0][None].to(self.streams.device)
+        x = self.inputs(j)[0][None]
         return self.encoder.patch_embed(x) + self.encoder.pos_embed
 
     @torch.no_grad()
@@ -327,12 +328,9 @@ class Calibration:
         found, side = [], self.streams.shape[1]
         for j in self.held_out:
             x, size = self.inputs(j)
-            x, real = (
-                x[None].to(self.streams.device),
-                real_tokens(side, side, torch.tensor([size], device=self.streams.device)),
-            )
+            real = real_tokens(side, side, torch.tensor([size], device=x.device))
             dense = self.encoder.embed(self._dense(self._embed(j), range(self.encoder.config.depth)))
-            ours = [self.encoder(x, true_sizes=[size], keep_ratio=k) for k in keep_ratios]
+            ours = [self.encoder(x[None], true_sizes=[size], keep_ratio=k) for k in keep_ratios]
             found.append([1 - cosine_loss(one, dense, real).item() for one in ours])
         return np.mean(found, axis=0).tolist()
 
