@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["timm", "webdataset"]
+TRAIN = ["webdataset"]
 TEACHERS = ["mobilesam-mirror", "timm"]
 EVAL = ["lvis"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
@@ -36,7 +36,7 @@ setup(
         "export": EXPORT,
         "demo": DEMO,
         "hf": ["transformers"],
-        "test": ["pytest", "nbclient", "ipykernel", "playwright", "scikit-image", *EVAL, *TEACHERS],
+        "test": ["pytest", "nbclient", "ipykernel", "playwright", "scikit-image", *EVAL, *TRAIN, *TEACHERS],
     },
     entry_points={"console_scripts": ["blsam=blsam.cli:main"]},
 )

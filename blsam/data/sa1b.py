@@ -1,139 +1,177 @@
-"""Photos with masks in SA-1B's layout: `NAME.jpg` beside `NAME.json`, masks as compressed RLE."""
+"""Photos with masks to train on: SA-1B as it is downloaded (folders or tars), or COCO and LVIS json.
+
+Every photo has an `id` and `read()`, whatever it lies in. Which photos belong to a run is decided from the ids alone.
+"""
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable
+import os
+import sys
+import tarfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
 
-import cv2
 import numpy as np
-import torch
 from PIL import Image
-from pycocotools import mask as rle_tools
-from torch.utils.data import Dataset
+from tqdm import tqdm
 
-LOW_RES = 4  # pixels of the input along a pixel of the decoder's masks
+from .annotations import Annotations
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+Content = tuple[np.ndarray, list[dict[str, Any]]]  # uint8 [h, w, 3] RGB; annotations with segmentation (RLE) and area
 
 
-def list_photos(folders: Iterable[str | Path]) -> list[Path]:
-    """The photos of the folders that have a json beside them, in the order of their names.
+class TrainingPhoto(Protocol):
+    """A photo that can be read, now or later, here or in a worker process."""
 
-    FileNotFoundError for a folder that is missing or has none.
+    id: str
+
+    def read(self) -> Content:
+        """Pixels and annotations; raises whatever a damaged file makes PIL, json or the file system raise."""
+
+
+@dataclass(frozen=True)
+class FilePhoto:
+    """`NAME.jpg` beside `NAME.json`, masks as compressed RLE."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    def read(self) -> Content:
+        return parse(self.path.read_bytes(), self.path.with_suffix(".json").read_bytes())
+
+
+@dataclass(frozen=True)
+class TarPhoto:
+    """The same two files as members of an uncompressed tar, at (offset, size) in bytes."""
+
+    tar: Path
+    id: str
+    image: tuple[int, int]
+    json: tuple[int, int]
+
+    def read(self) -> Content:
+        with self.tar.open("rb") as file:
+            return parse(*(_span(file, offset, size) for offset, size in (self.image, self.json)))
+
+
+@dataclass(frozen=True)
+class AnnotatedPhoto:
+    """A photo of a COCO or LVIS json."""
+
+    path: Path
+    id: str
+    annotations: tuple[dict[str, Any], ...]
+
+    def read(self) -> Content:
+        return decode_image(self.path.read_bytes()), list(self.annotations)
+
+
+def parse(image: bytes, text: bytes) -> Content:
+    """The content of SA-1B's two files."""
+    annotations = json.loads(text)["annotations"]
+    if not all("counts" in a["segmentation"] and a["area"] >= 0 for a in annotations):
+        raise ValueError("an annotation has no RLE")
+    return decode_image(image), annotations
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [h, w, 3] RGB."""
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _span(file: Any, offset: int, size: int) -> bytes:
+    file.seek(offset)
+    return file.read(size)
+
+
+# --- which photos there are ------------------------------------------------------------------------------------------
+
+
+def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -> list[TrainingPhoto]:
+    """The photos of folders (`NAME.jpg` + `NAME.json`, or tars), of tars, and of COCO or LVIS json with its `images`.
+
+    FileNotFoundError or ValueError in one line for a path that is missing, has none, or repeats an id.
     """
-    photos = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        found = [p for p in found if p.with_suffix(".json").is_file()]
+    photos: list[TrainingPhoto] = []
+    for path in map(Path, paths):
+        if path.suffix == ".json":
+            photos += _annotated(path, images)
+        elif path.suffix == ".tar":
+            photos += _in_tars([path])
+        else:
+            photos += _in_folder(path)
+    seen: set[str] = set()
+    for photo in photos:
+        if photo.id in seen:
+            raise ValueError(f"two photos have the id {photo.id}")
+        seen.add(photo.id)
+    return photos
+
+
+def _in_folder(folder: Path) -> list[TrainingPhoto]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    files = {entry.name for entry in os.scandir(folder)}
+    tars = sorted(name for name in files if name.endswith(".tar"))
+    if tars:
+        return _in_tars([folder / name for name in tars])
+    names = sorted(n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and f"{Path(n).stem}.json" in files)
+    if not names:
+        raise FileNotFoundError(f"{folder} has no photo with a .json beside it (SA-1B's layout), and no .tar")
+    return [FilePhoto(folder / name) for name in names]
+
+
+def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:
+    photos: list[TrainingPhoto] = []
+    for tar in tqdm(tars, unit="tar", desc="headers", disable=len(tars) < 10 or not sys.stderr.isatty()):
+        try:
+            with tarfile.open(tar, "r:") as file:
+                members = {str(PurePosixPath(m.name)): (m.offset_data, m.size) for m in file if m.isfile()}
+        except tarfile.ReadError as error:
+            raise ValueError(f"{tar} is not an uncompressed tar, or is cut short ({error})") from None
+        names = sorted(n for n in members if n.lower().endswith(IMAGE_SUFFIXES))
+        pairs = [(n, str(PurePosixPath(n).with_suffix(".json"))) for n in names]
+        found = [TarPhoto(tar, PurePosixPath(n).stem, members[n], members[j]) for n, j in pairs if j in members]
         if not found:
-            raise FileNotFoundError(f"{folder} has no photo with a .json beside it (SA-1B's layout)")
+            raise FileNotFoundError(f"{tar} has no photo with a .json beside it (SA-1B's layout)")
         photos += found
     return photos
 
 
-def split_photos(photos: list[Path], holdout: float, seed: int) -> tuple[list[Path], list[Path]]:
-    """(training, validation): a seeded share `holdout` of the photos is kept for validation."""
+def _annotated(path: Path, images: str | Path | None) -> list[TrainingPhoto]:
+    if images is None:
+        raise ValueError(f"{path} needs --images, the folder of its photos")
+    data = Annotations(path, images, "coco")  # LVIS has the same keys, and those of its own are not needed here
+    photos = []
+    for photo in data.photos:
+        targets, _ = data.targets(photo, crowd=False)
+        records = tuple({"segmentation": target.rle, "area": target.area} for target in targets)
+        if records:
+            photos.append(AnnotatedPhoto(photo.path, f"{path.stem}/{photo.id}", records))
+    if not photos:
+        raise ValueError(f"{path} has no photo with an object to learn from")
+    return photos
+
+
+def choose_photos(
+    photos: Sequence[TrainingPhoto], fraction: float, holdout: float, seed: int
+) -> tuple[list[TrainingPhoto], list[TrainingPhoto]]:
+    """(training, validation): a seeded share `fraction` of the photos, of which a share `holdout` is kept apart.
+
+    A pure function of the ids' order and the seed; a larger fraction holds the smaller one.
+    """
     order = np.random.default_rng(seed).permutation(len(photos))
-    count = round(holdout * len(photos))
+    order = order[: max(1, round(fraction * len(photos)))]
+    count = round(holdout * len(order))
+    if count == len(order):
+        raise ValueError(f"nothing to train on: {len(order)} photos, a share of {holdout:g} held out")
     return [photos[i] for i in sorted(order[count:])], [photos[i] for i in sorted(order[:count])]
-
-
-def read_photo(path: Path) -> tuple[np.ndarray, list[dict]]:
-    """The photo, uint8 [h, w, 3] RGB, and its annotations as they stand in the json."""
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    return pixels, json.loads(path.with_suffix(".json").read_text())["annotations"]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One view of one photo. h, w: its true size in the S x S frame; P: objects.
-
-    image uint8 [3, h, w]; masks float [P, S/4, S/4], the share of each low-resolution pixel that is object;
-    boxes float [P, 4], x1 y1 x2 y2 in pixels of the S x S frame.
-    """
-
-    image: torch.Tensor
-    masks: torch.Tensor
-    boxes: torch.Tensor
-
-
-class TrainingViews(Dataset):
-    """Augmented views, `length` of them; number i is a pure function of (seed, i), whatever ran before.
-
-    Every photo is seen once an epoch, in an order drawn for the epoch. Augmentation: scale 0.7 to 1.8, crop, mirror,
-    colour. Objects are drawn with probability proportional to area ** 0.4, so that small ones do not fill every view;
-    with max_objects 0 none is decoded.
-    """
-
-    def __init__(self, photos: list[Path], image_size: int, max_objects: int, seed: int, length: int) -> None:
-        self.photos, self.size, self.max_objects = photos, image_size, max_objects
-        self.seed, self.length = seed, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, i: int) -> Sample:
-        epoch, place = divmod(i, len(self.photos))
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.photos))
-        rng = np.random.default_rng([self.seed, 1, i])
-        pixels, annotations = read_photo(self.photos[order[place]])
-        for _ in range(10):  # a crop without any object is drawn again
-            sample = self._view(pixels, annotations if self.max_objects else [], rng)
-            if len(sample.masks) or not self.max_objects:
-                break
-        return sample
-
-    def _view(self, pixels: np.ndarray, annotations: list[dict], rng: np.random.Generator) -> Sample:
-        h, w = pixels.shape[:2]
-        scale = self.size / max(h, w) * np.exp(rng.uniform(np.log(0.7), np.log(1.8)))
-        crop_h, crop_w = min(h, int(self.size / scale)), min(w, int(self.size / scale))
-        top, left = rng.integers(h - crop_h + 1), rng.integers(w - crop_w + 1)
-        window = np.s_[top : top + crop_h, left : left + crop_w]
-        mirror = rng.random() < 0.5
-        # a multiple of LOW_RES, so that the low-resolution masks lie exactly over the image
-        new_h, new_w = (max(1, min(self.size, round(n * scale)) // LOW_RES) * LOW_RES for n in (crop_h, crop_w))
-
-        image = cv2.resize(np.ascontiguousarray(pixels[window]), (new_w, new_h), interpolation=cv2.INTER_LINEAR)
-        image = _colour(image[:, ::-1] if mirror else image, rng)
-        masks, boxes = [], []
-        weight = np.array([max(a["area"], 1) for a in annotations], float) ** 0.4
-        order = rng.choice(len(weight), len(weight), replace=False, p=weight / weight.sum()) if annotations else ()
-        for i in order:
-            full = rle_tools.decode(annotations[i]["segmentation"])[window]
-            full = full[:, ::-1] if mirror else full
-            if not 0 < full.mean() <= 0.9:  # as SAM's own training leaves out what covers the image
-                continue
-            low = np.zeros((self.size // LOW_RES,) * 2, np.float32)
-            small = cv2.resize(
-                full.astype(np.float32), (new_w // LOW_RES, new_h // LOW_RES), interpolation=cv2.INTER_AREA
-            )
-            low[: small.shape[0], : small.shape[1]] = small
-            if (low > 0.5).sum() < 2:  # nothing left to learn from at this resolution
-                continue
-            ys, xs = np.flatnonzero(full.any(1)), np.flatnonzero(full.any(0))
-            box = np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
-            boxes.append(box * np.array([new_w / crop_w, new_h / crop_h] * 2, np.float32))
-            masks.append(low)
-            if len(masks) == self.max_objects:
-                break
-        side = self.size // LOW_RES
-        return Sample(
-            torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
-            torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, side, side),
-            torch.from_numpy(np.stack(boxes)) if boxes else torch.zeros(0, 4),
-        )
-
-
-def _colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Contrast, brightness and saturation, each within 20 %."""
-    contrast, brightness, saturation = rng.uniform(0.8, 1.2, 3)
-    x = image.astype(np.float32)
-    grey = x.mean(-1, keepdims=True)
-    x = grey + saturation * (x - grey)
-    x = contrast * (x - 128) + 128 * brightness
-    return x.clip(0, 255).astype(np.uint8)

@@ -49,14 +49,21 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds = device, {}
+        self._start = 0.0
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
+        self._start = time.perf_counter()
         yield
+        self.split(part)
+
+    def split(self, part: str) -> None:
+        """What has passed since the part began goes to `part`, the rest to the part that was named."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._start
+        self._start = now
 
 
 def predict_photos(

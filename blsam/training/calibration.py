@@ -280,7 +280,7 @@ class Calibration:
             x = self._routed(start, number, layers, sizes, self.ratios[rng.integers(len(self.ratios))])
             if last:
                 real = real_tokens(side, side, torch.tensor(sizes, device=x.device))
-                return cosine_loss(self.encoder.embed(x), self.encoder.embed(goal), real)
+                return cosine_loss(self.encoder.embed(x), self.encoder.embed(goal), real).mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])

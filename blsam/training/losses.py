@@ -72,17 +72,20 @@ def supervised_loss(
 
 
 def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """L_fd: 1 - cosine of embeddings [B, C, H, W], a mean over the real tokens [B, H, W] bool."""
-    return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=1))[real].mean()
+    """L_fd: 1 - cosine of embeddings [B, C, H, W], a mean over the real tokens [B, H, W] bool of each image: [B]."""
+    distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)
+    return (distance * real).sum((1, 2)) / real.sum((1, 2))
 
 
 def relative_mse_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Squared error as a share of the teacher's variance over the real tokens; arguments as `cosine_loss` (ours).
+    """Squared error as a share of the teacher's variance over each image's real tokens; as `cosine_loss` (ours).
 
     For students that are used with the teacher's own decoder, which the size of the embedding matters to.
     """
-    student, teacher = (x.float().movedim(1, -1)[real] for x in (student, teacher))  # [B, C, H, W] -> [n, C]
-    return (student - teacher).square().sum() / (teacher - teacher.mean(0)).square().sum()
+    student, teacher, weight = student.float(), teacher.float(), real[:, None].float()
+    mean = (teacher * weight).sum((2, 3), keepdim=True) / weight.sum((2, 3), keepdim=True)
+    error, variance = ((x.square() * weight).sum((1, 2, 3)) for x in (student - teacher, teacher - mean))
+    return error / variance.clamp(min=1e-6)
 
 
 DISTILLATION_LOSSES = {"cosine": cosine_loss, "mse": relative_mse_loss}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..data.sa1b import LOW_RES
+from ..data.views import LOW_RES
 
 Points = tuple[torch.Tensor, torch.Tensor]  # coordinates [P, n, 2] as x, y in pixels; labels [P, n], 1 or 0
 

@@ -1,0 +1,320 @@
+"""The training run: one loop, the same in one process and in many."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from ..build_sam import sam_model_registry
+from ..checkpoint import read, sha256
+from ..config import CONFIGS
+from ..data.sa1b import TarPhoto, TrainingPhoto, choose_photos, list_photos
+from ..data.views import Sample, TarViews, Views, ViewSettings, batches
+from ..evaluation.runner import Stopwatch
+from ..modeling.sam import Sam
+from .embeddings import EmbeddingCache
+from .metrics import Damaged, Rows, fusion_scalars, jaccard
+from .objective import Losses, Objective, TrainedSam, to_batch
+from .optim import Average, optimizer_of, rate
+from .parallel import World, last_pass_only, prepare, world
+from .run_folder import RunFolder
+from .settings import TrainSettings
+from .teachers import load_teacher
+
+MOST_VALIDATED = 200  # photos
+ENDLESS = 10**7  # steps, where minutes end the run
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint keeps beside tensors."""
+
+    step: int = 0
+    minutes: float = 0.0
+    best: float = -math.inf
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    settings: TrainSettings
+    world: World
+    sam: Sam
+    teacher: nn.Module | None
+    model: nn.Module  # TrainedSam, as `prepare` left it
+    optimizer: torch.optim.AdamW
+    ema: Average
+    folder: RunFolder
+    training: list[TrainingPhoto]
+    validation: list[TrainingPhoto]
+    views: ViewSettings
+    steps: int
+    progress: Progress = field(default_factory=Progress)
+
+
+def train(settings: TrainSettings) -> str:
+    """Run it to its end, or to a signal; the path of the exported model.
+
+    What the user can put right is OSError, ValueError or ImportError in one line.
+    """
+    with world(settings.device) as processes:
+        run = set_up(settings, processes)
+        loop(run)
+        with run.ema.in_place_of(run.model):
+            path = run.folder.export("model.safetensors", run.model, _metadata(run))
+        run.folder.close()
+        return str(path)
+
+
+def loop(run: Run) -> None:
+    """Step after step until steps, minutes or a signal end it; then a checkpoint and a last validation."""
+    settings, progress = run.settings, run.progress
+    samples, stopped = iter(training_loader(run)), catch_signals()
+    damaged = Damaged(len(run.training), run.world, settings.output / "damaged.txt")
+    rows = Rows(settings.batch_size, settings.device, run.world)
+    total, quiet = run.steps if run.steps < ENDLESS else None, not (run.world.is_main and sys.stderr.isatty())
+    if progress.step == 0:
+        validate(run)
+    with tqdm(total=total, initial=progress.step, unit="step", disable=quiet) as bar:
+        start = time.monotonic() - 60 * progress.minutes
+        row_start = progress.minutes
+        while True:
+            progress.minutes, stop = run.world.agree((time.monotonic() - start) / 60, bool(stopped))
+            done = progress.minutes / settings.minutes if settings.minutes else progress.step / run.steps
+            if done >= 1 or stop:
+                break
+            one_step(run, samples, done, rows, damaged)
+            progress.step += 1
+            bar.update()
+            if progress.step % settings.log_every == 0:
+                minutes = (time.monotonic() - start) / 60
+                row = {"step": progress.step, "minutes": round(minutes, 3)}
+                row["lr"] = run.optimizer.param_groups[0]["lr"]
+                row |= rows.row(60 * (minutes - row_start)) | fusion_scalars(run.sam.image_encoder)
+                run.folder.log(row | {"damaged": damaged.check()})
+                bar.set_postfix({name: row[name] for name in ("loss", "iou") if name in row})
+                row_start = minutes
+            if progress.step % settings.save_every == 0:
+                save(run)
+            if progress.step % settings.validate_every == 0:
+                paused = time.monotonic()
+                validate(run)
+                row_start += (time.monotonic() - paused) / 60  # not of the steps
+    damaged.check()
+    save(run)
+    if progress.step % settings.validate_every:
+        validate(run)
+
+
+def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows, damaged: Damaged) -> None:
+    """Gradients of a step's images, pass by pass, and the update; `done`: share of the run behind it."""
+    settings, step = run.settings, run.progress.step
+    keep = settings.keep_ratio[np.random.default_rng([settings.seed, 2, step]).integers(len(settings.keep_ratio))]
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate(settings.lr, step, done)
+    # on a GPU, parts are waited for in the logged steps alone
+    timed = settings.device.type == "cpu" or (step + 1) % settings.log_every == 0
+    watch = Stopwatch(settings.device if timed else torch.device("cpu"))
+    backward = "decoder backward" if settings.train == "decoder" else "student backward"
+    for i in range(settings.accumulate):
+        with watch("data"):
+            given = next(samples)
+        damaged.count(given)
+        with last_pass_only(run.model, i == settings.accumulate - 1):
+            with autocast(settings):
+                with watch("teacher"):
+                    batch = to_batch(given, run.sam, settings.device, run.teacher)
+                losses: Losses = run.model(batch, keep, watch=watch)
+            with watch(backward):
+                (losses.loss / settings.accumulate).backward()
+        rows.add(losses)
+    with watch("optimiser"):
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        run.ema.update(run.model)
+    rows.step(watch if timed else None)
+
+
+def validate(run: Run) -> None:
+    """Measure the averaged weights on the photos held out; keep them as `best.safetensors` if they are."""
+    if not run.validation:
+        return
+    with run.ema.in_place_of(run.model):
+        found, prime = measure(run)
+        row = {name: round(value, 4) for name, value in found.items()}
+        if prime:
+            row["prime_jaccard"] = round(jaccard(prime, _prime_at_start(run, prime)), 4)
+        run.folder.log({"step": run.progress.step} | row)
+        score = found["val_box"] if run.settings.stage == "all" else found["val_cosine"]
+        if score > run.progress.best:
+            run.progress.best = score
+            run.folder.export("best.safetensors", run.model, _metadata(run))
+    if run.world.is_main:
+        text = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
+        tqdm.write(f"step {run.progress.step}: {text}", file=sys.stderr)
+
+
+@torch.no_grad()
+def measure(run: Run) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Means over the photos held out, and their prime tokens, the same on every process."""
+    settings, n = run.settings, len(run.validation)
+    seed = settings.seed if run.views.targets else 0  # a cache has the views of its seed alone
+    held_out = Views(run.validation, replace(run.views, max_objects=settings.max_objects, seed=seed))
+    each = max(1, min(8, settings.batch_size // (settings.accumulate * run.world.size)))
+    values: dict[str, list[float]] = {}
+    prime: dict[int, list[np.ndarray]] = {}
+    for start in range(0, n, each * run.world.size):  # every process makes every pass: FSDP waits for all
+        mine = [i for i in range(start + run.world.rank * each, start + (run.world.rank + 1) * each) if i < n]
+        given = [held_out[i] for i in mine or [0]]
+        with autocast(settings):
+            batch = to_batch(given, run.sam, settings.device, run.teacher)
+            measured = run.model(batch, settings.keep_ratio[0], measure=True)
+        if mine:
+            for name, some in measured.values.items():
+                values.setdefault(f"val_{name}", []).extend(some)
+            prime |= {i: [mask[j].cpu().numpy() for mask in measured.prime] for j, i in enumerate(mine)}
+    names = ("val_box", "val_click", "val_cosine")
+    parts = run.world.gather((values, prime))
+    together = {name: [v for found, _ in parts for v in found.get(name, [])] for name in names}
+    masks = {i: one for _, found in parts for i, one in found.items()}
+    return {k: float(np.mean(v)) for k, v in together.items() if v}, [m for i in sorted(masks) for m in masks[i]]
+
+
+def _prime_at_start(run: Run, prime: list[np.ndarray]) -> list[np.ndarray]:
+    """The prime tokens of the run's first validation, which its folder keeps."""
+    path = run.settings.output / "prime_at_start.npz"
+    if not path.is_file():
+        if run.world.is_main:
+            np.savez_compressed(path, *prime)
+        return prime
+    with np.load(path) as stored:
+        return [stored[f"arr_{i}"] for i in range(len(stored.files))]
+
+
+def save(run: Run) -> None:
+    run.folder.save(run.progress.step, run.model, run.optimizer, run.ema.averaged, asdict(run.progress))
+
+
+def _metadata(run: Run) -> dict[str, str]:
+    settings = run.settings
+    return {"model": settings.model, "image_size": str(settings.image_size), "step": str(run.progress.step)}
+
+
+def autocast(settings: TrainSettings) -> torch.autocast:
+    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+# --- setting up ------------------------------------------------------------------------------------------------------
+
+
+def set_up(settings: TrainSettings, processes: World) -> Run:
+    """Read, check and build everything, and go on from the folder's last checkpoint if asked to."""
+    cache = EmbeddingCache(settings.cache) if settings.cache else None
+    photos = list_photos(settings.data, settings.images)
+    training, validation = choose_photos(photos, settings.fraction, settings.holdout, seed=0)
+    validation = validation[:MOST_VALIDATED]
+    # the cache's views were drawn until an object was in them, so ours must be
+    objects = settings.max_objects if settings.stage == "all" else int(cache is not None)
+    views = ViewSettings(settings.image_size, objects, settings.seed)
+    if cache is not None:
+        _check_cache(cache, settings, training + validation)
+        views = replace(views, views=cache.settings["views"], targets=cache)
+
+    sam, teacher = build_models(settings, cache)
+    objective = Objective(
+        settings.mask_loss, settings.distill_loss, settings.distill_weight, settings.clicks, settings.stage == "all"
+    )
+    model = prepare(
+        TrainedSam(sam, objective),
+        processes,
+        settings.device,
+        strategy=settings.strategy,
+        checkpointing=settings.checkpointing,
+        compiled=settings.compile == "all",
+    )
+    steps = settings.steps or ENDLESS
+    if settings.epochs:
+        steps = math.ceil(settings.epochs * len(training) / settings.batch_size)
+    folder = RunFolder(settings.output, processes)
+    optimizer, ema = optimizer_of(model, settings.lr), Average(model)
+    run = Run(settings, processes, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps)
+    if settings.resume and (facts := folder.restore(model, optimizer, ema.averaged)):
+        run.progress = Progress(**facts)
+        ema.seen = run.progress.step
+    folder.write_config(asdict(settings) | {"photos": len(training), "validated on": len(validation)})
+    folder.write_ids("photos.txt", [photo.id for photo in training])
+    folder.write_ids("validation.txt", [photo.id for photo in validation])
+    return run
+
+
+def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple[Sam, nn.Module | None]:
+    """The student with what is not trained frozen, and the teacher's image encoder unless a cache stands for it."""
+    teacher, decoder = None, {}
+    if settings.teacher is not None and cache is None:
+        teacher, decoder = load_teacher(settings.teacher, settings.teacher_checkpoint, settings.image_size)
+        teacher = teacher.to(settings.device, memory_format=torch.channels_last)
+        if settings.compile:
+            teacher = torch.compile(teacher, options={"freezing": True})
+    elif cache is not None:
+        decoder, _ = read(cache.decoder)
+    start = settings.init or (settings.teacher_checkpoint if settings.teacher in CONFIGS else None)
+    torch.manual_seed(settings.seed)  # fresh E-blocks and predictors
+    build = sam_model_registry[settings.model]
+    sam = build(start, image_size=settings.image_size, keep_ratio=settings.keep_ratio[0])
+    sam.prompt_encoder.requires_grad_(False)
+    if settings.stage == "encoder":
+        sam.load_state_dict(decoder, strict=False)
+        sam.mask_decoder.requires_grad_(False)
+    if settings.train == "decoder":
+        sam.image_encoder.requires_grad_(False)
+    return sam, teacher
+
+
+def training_loader(run: Run) -> DataLoader:
+    """The samples of each pass of this process, from where the run is."""
+    settings, rank, size = run.settings, run.world.rank, run.world.size
+    first, passes = run.progress.step, settings.accumulate
+    common = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": _outlive_signals}
+    if isinstance(run.training[0], TarPhoto):
+        each = settings.batch_size // (passes * size)
+        views = TarViews(run.training, run.views, rank, size, each, skip=first * passes * each)
+        views.readers_fit(settings.workers)
+        return DataLoader(views, each, **common)
+    order = batches(first, run.steps, settings.batch_size, passes, rank, size)
+    return DataLoader(Views(run.training, run.views), batch_sampler=order, **common)
+
+
+def _check_cache(cache: EmbeddingCache, settings: TrainSettings, photos: list[TrainingPhoto]) -> None:
+    wanted = {"image_size": settings.image_size, "seed": settings.seed}
+    if settings.teacher_checkpoint is not None:
+        wanted["teacher_sha256"] = sha256(settings.teacher_checkpoint)
+    cache.check(wanted)
+    missing = cache.missing([photo.id for photo in photos])
+    if missing:
+        raise ValueError(f"{cache.folder} lacks {len(missing)} of {len(photos)} photos, the first {missing[0]}")
+
+
+def catch_signals() -> list[int]:
+    """Ctrl-C and SIGTERM, as they come, instead of an end in the middle of a step."""
+    caught: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: caught.append(received))
+    return caught
+
+
+def _outlive_signals(worker: int) -> None:
+    """A terminal sends Ctrl-C to the workers too; the main process still wants the views they are making."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

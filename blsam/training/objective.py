@@ -1,0 +1,191 @@
+"""What a training step minimises: L_sup over prompts in the loop, plus L_fd to a teacher's embedding.
+
+One module around the `Sam`, whose forward is all that DDP and FSDP need to see. Every term is a mean over images, so
+that a batch cut into passes and processes gives the gradient of the whole; every draw depends on the view's key alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ..data.views import Sample
+from ..evaluation.runner import Stopwatch
+from ..modeling.routing import Routing
+from ..modeling.sam import Sam
+from ..modeling.windows import real_tokens
+from .losses import DISTILLATION_LOSSES, mask_iou, supervised_loss
+from .prompts import corrective_clicks, first_clicks, noisy_boxes
+
+SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
+Objects = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass
+class Batch:
+    """images float [B, 3, S, S], normalised; sizes: true (h, w) of each; objects: masks [P, S/4, S/4] and boxes [P, 4]
+    of each; keys, what prompts are drawn from; weights [B], 0 for a damaged photo; target [B, 256, S/16, S/16], the
+    teacher's embedding, if there is one."""
+
+    images: torch.Tensor
+    sizes: list[tuple[int, int]]
+    objects: list[Objects]
+    keys: list[int]
+    weights: torch.Tensor
+    target: torch.Tensor | None = None
+
+
+def to_batch(samples: Sequence[Sample], sam: Sam, device: torch.device, teacher: nn.Module | None = None) -> Batch:
+    """Samples on the device, with the teacher's embedding from the samples or from the teacher itself."""
+    images = torch.stack([sam.preprocess(sample.image.to(device).float()) for sample in samples])
+    sizes = [(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples]
+    weights = torch.tensor([float(not sample.damaged) for sample in samples], device=device)
+    objects = [(s.masks.to(device), s.boxes.to(device)) for s in samples]
+    batch = Batch(images, sizes, objects, [s.key for s in samples], weights)
+    if samples[0].target is not None:
+        batch.target = torch.stack([s.target for s in samples]).to(device).float()
+    elif teacher is not None:
+        with torch.no_grad():
+            batch.target = teacher(images).float()
+    return batch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which terms there are and how they weigh; `clicks`: at most so many corrective ones after the first prompt."""
+
+    mask_loss: str = "sam"
+    distill_loss: str = "cosine"
+    distill_weight: float = 2.5
+    clicks: int = 1
+    supervised: bool = True
+
+
+@dataclass
+class Losses:
+    """loss: what is minimised; terms: its parts, detached, means over the good images of the pass; routing: of the
+    encoder's pass."""
+
+    loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    routing: Routing = field(default_factory=Routing)
+
+
+@dataclass
+class Measured:
+    """IoU of every object from its box and from one click (most confident of three, at the decoder's resolution),
+    cosine to the teacher of every image; prime tokens [B, H, W] bool of every stage."""
+
+    values: dict[str, list[float]]
+    prime: list[torch.Tensor]
+
+
+class TrainedSam(nn.Module):
+    """A `Sam` whose forward is a training or a validation pass.
+
+    Attributes: `sam`; `objective`; `encoder_frozen`: the image encoder runs without a graph.
+    """
+
+    def __init__(self, sam: Sam, objective: Objective) -> None:
+        super().__init__()
+        self.sam, self.objective = sam, objective
+        self.encoder_frozen = not any(p.requires_grad for p in sam.image_encoder.parameters())
+
+    def forward(
+        self, batch: Batch, keep_ratio: float, *, measure: bool = False, watch: Stopwatch | None = None
+    ) -> Losses | Measured:
+        """A training pass, or with `measure` what validation looks at; `watch` takes the seconds of both parts."""
+        watch = watch or Stopwatch(batch.images.device)
+        with watch("student"), torch.set_grad_enabled(torch.is_grad_enabled() and not self.encoder_frozen):
+            embeddings, routing = self.sam.image_encoder.encode(
+                batch.images, true_sizes=batch.sizes, keep_ratio=keep_ratio
+            )
+        if measure:
+            return self._measure(batch, embeddings, routing)
+        terms = {}
+        if self.objective.supervised:
+            with watch("decoder"):
+                terms |= self._supervised(batch, embeddings)
+        if embeddings.requires_grad:  # where the decoder's backward pass ends and the encoder's begins
+            embeddings.register_hook(lambda _: watch.split("decoder backward"))
+        if batch.target is not None:
+            loss = DISTILLATION_LOSSES[self.objective.distill_loss]
+            terms["fd"] = loss(embeddings, batch.target, _real(batch, embeddings))
+        per_image = terms.get("sup", 0) + self.objective.distill_weight * terms.get("fd", 0)
+        good = batch.weights.sum().clamp(min=1)
+        means = {name: (values.detach() * batch.weights).sum() / good for name, values in terms.items()}
+        return Losses((per_image * batch.weights).mean(), means, routing)
+
+    def _supervised(self, batch: Batch, embeddings: torch.Tensor) -> dict[str, torch.Tensor]:
+        """L_sup and the first prompts' IoU of every image, [B] each; 0 for an image without an object."""
+        found = []
+        for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
+            if len(masks):
+                found.append(self._prompted(embedding[None], masks, boxes, key))
+            else:  # zero, with every gradient that the other processes wait for
+                parameters = [p.sum() for p in self.sam.mask_decoder.parameters() if p.requires_grad]
+                zero = 0 * (embedding.sum() + sum(parameters))
+                found.append((zero, zero.detach()))
+        sup, iou = (torch.stack(column) for column in zip(*found))
+        return {"sup": sup, "iou": iou}
+
+    def _prompted(
+        self, embedding: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor, key: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """L_sup of one image over a first prompt and corrective clicks, and the IoU of the first prompt's best mask.
+
+        First a box or a click with three masks, for a box the single one as well (ours: a box is not ambiguous, and
+        users ask for one mask); from the second prompt on three masks or the single one, half each. The most confident
+        mask goes on: its logits are fed back, the next click lies where it is wrong.
+        """
+        rng, kind = torch.Generator().manual_seed(key), self.objective.mask_loss
+        if torch.rand((), generator=rng) < 0.5:
+            points, boxes = None, noisy_boxes(boxes, self.sam.image_encoder.img_size, rng)
+        else:
+            points, boxes = first_clicks(masks, rng), None
+        logits, scores = decode(self.sam, embedding, points, boxes)
+        first = [MULTI] if boxes is None else [MULTI, SINGLE]
+        losses = [torch.stack([supervised_loss(logits, scores, masks, m, kind) for m in first]).mean()]
+        asked = MULTI
+        with torch.no_grad():
+            first_iou = mask_iou(logits[:, MULTI], masks).max(1).values.mean()
+        for _ in range(int(torch.randint(self.objective.clicks + 1, (), generator=rng))):
+            best = asked.start + scores[:, asked].argmax(1)
+            previous = logits[torch.arange(len(masks)), best].detach().float()
+            new = corrective_clicks(previous, masks, rng)
+            points = new if points is None else tuple(torch.cat(pair, 1) for pair in zip(points, new))
+            logits, scores = decode(self.sam, embedding, points, boxes, previous[:, None])
+            asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
+            losses.append(supervised_loss(logits, scores, masks, asked, kind))
+        return torch.stack(losses).mean(), first_iou
+
+    def _measure(self, batch: Batch, embeddings: torch.Tensor, routing: Routing) -> Measured:
+        found: dict[str, list[float]] = {"box": [], "click": []}
+        for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
+            if not len(masks):
+                continue
+            clicks = first_clicks(masks, torch.Generator().manual_seed(key))
+            for name, points, given in (("box", None, boxes), ("click", clicks, None)):
+                logits, scores = decode(self.sam, embedding[None], points, given)
+                best = MULTI.start + scores[:, MULTI].argmax(1)
+                found[name] += mask_iou(logits[torch.arange(len(masks)), best][:, None], masks)[:, 0].tolist()
+        if batch.target is not None:
+            distances = DISTILLATION_LOSSES["cosine"](embeddings, batch.target, _real(batch, embeddings))
+            found["cosine"] = (1 - distances).tolist()
+        return Measured(found, [stage.mask for stage in routing.stages])
+
+
+def decode(
+    sam: Sam, embedding: torch.Tensor, points=None, boxes=None, logits=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [P, 4, S/4, S/4] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
+    sparse, dense = sam.prompt_encoder(points, boxes, logits)
+    return sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+
+
+def _real(batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+    side = embeddings.shape[-1]
+    return real_tokens(side, side, torch.tensor(batch.sizes, device=embeddings.device))

@@ -1,0 +1,160 @@
+"""What a run leaves behind: settings, metrics, and checkpoints that a run of any number of processes goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from .. import __version__
+from .. import checkpoint as ckpt
+from .parallel import World
+
+State = dict[str, Any]
+
+
+class RunFolder:
+    """`config.json`, `photos.txt` and `validation.txt` (ids), `metrics.jsonl`, `tensorboard/` if it is installed,
+    `checkpoints/step-N` (everything needed to go on), `best.safetensors` and `model.safetensors` (the moving average,
+    half precision, for `sam_model_registry`).
+
+    Every process has one; only the main one writes what is not a shared checkpoint.
+    """
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path, self.world = path, world
+        self._log, self._board = None, None
+        if world.is_main:
+            path.mkdir(parents=True, exist_ok=True)
+            self._log = (path / "metrics.jsonl").open("a")
+            self._board = _tensorboard(path / "tensorboard")
+        world.barrier()
+
+    def write_config(self, settings: dict[str, Any]) -> None:
+        """The resolved settings beside git revision, versions and machine."""
+        if self.world.is_main:
+            facts = {"git": git_revision(), "blsam": __version__, "torch": torch.__version__}
+            facts |= {"python": platform.python_version(), "processes": self.world.size}
+            text = json.dumps(settings | facts, indent=1, default=str) + "\n"
+            ckpt.write_atomically(self.path / "config.json", lambda path: Path(path).write_text(text))
+
+    def write_ids(self, name: str, ids: list[str]) -> None:
+        if self.world.is_main:
+            text = "".join(f"{one}\n" for one in ids)
+            ckpt.write_atomically(self.path / name, lambda path: Path(path).write_text(text))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A line of metrics.jsonl, and its plain numbers to TensorBoard."""
+        if not self.world.is_main:
+            return
+        self._log.write(json.dumps(row) + "\n")
+        self._log.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._board is not None:
+            self._board.close()
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: State, facts: State) -> None:
+        """All processes write their share beside the last checkpoint; it takes that one's place once it is whole."""
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        state["ema"] = ema
+        folder = self.path / "checkpoints"
+        whole, part = folder / f"step-{step}", folder / ".unfinished"
+        if self.world.is_main:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.world.barrier()
+        with _quietly():
+            dcp.save(state, checkpoint_id=str(part), no_dist=self.world.size == 1)
+        self.world.barrier()
+        if self.world.is_main:
+            (part / "facts.json").write_text(json.dumps({"step": step, **facts}))
+            shutil.rmtree(whole, ignore_errors=True)
+            os.replace(part, whole)
+            for old in folder.glob("step-*"):
+                if old != whole:
+                    shutil.rmtree(old)
+        self.world.barrier()
+
+    def last(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = sorted((self.path / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+        return found[-1] if found else None
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: State) -> State | None:
+        """Put the last checkpoint into model, optimiser and moving average, in place; its facts, or None if there is
+        none. ValueError in one line if it belongs to another model."""
+        folder = self.last()
+        if folder is None:
+            return None
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        state["ema"] = ema
+        try:
+            with _quietly():
+                dcp.load(state, checkpoint_id=str(folder), no_dist=self.world.size == 1)
+        except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
+            raise ValueError(f"{folder} does not fit this run ({str(error).splitlines()[0]})") from None
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        return json.loads((folder / "facts.json").read_text())
+
+    def export(self, name: str, model: nn.Module, metadata: dict[str, str]) -> Path:
+        """The model's weights as they are now, under SAM's names, in half precision."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(model, options=options)
+        path = self.path / name
+        if self.world.is_main:
+            own = {key.removeprefix("sam."): value for key, value in state.items()}
+            ckpt.save(path, own, metadata, torch.float16)
+        return path
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """One process is no reason for a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def git_revision() -> str:
+    """Of the checkout this package runs from, with a + where files differ from it; "" where it is none."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
