@@ -122,7 +122,7 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows,
     settings, step = run.settings, run.progress.step
     keep = settings.keep_ratio[np.random.default_rng([settings.seed, 2, step]).integers(len(settings.keep_ratio))]
     for group in run.optimizer.param_groups:
-        group["lr"] = rate(settings.lr, step, done)
+        group["lr"] = rate(settings.lr, step, done, run.steps)
     # on a GPU, parts are waited for in the logged steps alone
     timed = settings.device.type == "cpu" or (step + 1) % settings.log_every == 0
     watch = Stopwatch(settings.device if timed else torch.device("cpu"))
@@ -157,7 +157,7 @@ def validate(run: Run) -> None:
         if prime:
             row["prime_jaccard"] = round(jaccard(prime, _prime_at_start(run, prime)), 4)
         run.folder.log({"step": run.progress.step} | row)
-        score = found["val_box"] if run.settings.stage == "all" else found["val_cosine"]
+        score = found["val_box"] if run.settings.supervised else found["val_cosine"]
         if score > run.progress.best:
             run.progress.best = score
             run.folder.export("best.safetensors", run.model, _metadata(run))
@@ -226,7 +226,7 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     training, validation = choose_photos(photos, settings.fraction, settings.holdout, seed=0)
     validation = validation[:MOST_VALIDATED]
     # the cache's views were drawn until an object was in them, so ours must be
-    objects = settings.max_objects if settings.stage == "all" else int(cache is not None)
+    objects = settings.max_objects if settings.supervised else int(cache is not None)
     views = ViewSettings(settings.image_size, objects, settings.seed)
     if cache is not None:
         _check_cache(cache, settings, training + validation)
@@ -234,7 +234,7 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
 
     sam, teacher = build_models(settings, cache)
     objective = Objective(
-        settings.mask_loss, settings.distill_loss, settings.distill_weight, settings.clicks, settings.stage == "all"
+        settings.mask_loss, settings.distill_loss, settings.distill_weight, settings.clicks, settings.supervised
     )
     model = prepare(
         TrainedSam(sam, objective),

@@ -20,8 +20,9 @@ def optimizer_of(model: nn.Module, lr: float) -> torch.optim.AdamW:
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=(0.9, 0.98))
 
 
-def rate(lr: float, step: int, progress: float, warm_up: int = 100) -> float:
-    """Linear warm-up, then a cosine to zero over the run; progress in 0 ... 1."""
+def rate(lr: float, step: int, progress: float, steps: int) -> float:
+    """Linear warm-up over 100 steps or a tenth of the run's `steps`, and a cosine to zero; progress in 0 ... 1."""
+    warm_up = min(100, math.ceil(steps / 10))
     return lr * min(1, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * min(1, progress)))
 
 

@@ -58,7 +58,8 @@ class TrainSettings:
     resume: bool = False
 
     @property
-    def needs_objects(self) -> bool:
+    def supervised(self) -> bool:
+        """Masks are learnt, not the teacher's embedding alone."""
         return self.stage == "all"
 
 
