@@ -112,7 +112,9 @@ def draw(rows: list[dict]) -> Figure:
             right.plot(steps, [100 * point["val_box"] for point in row["curve"]], **style)
     left.set(xlabel="step", ylabel="1 - cosine to the teacher", yscale="log")
     right.set(xlabel="step", ylabel="box mean IoU, held-out photos, %")
-    left.legend(fontsize=8)
+    right.legend(fontsize=8, loc="lower right")
+    left.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5], labels=["0.02", "0.05", "0.1", "0.2", "0.5"])
+    left.minorticks_off()
     for axis in (left, right):
         axis.grid(alpha=0.3)
     return figure
