@@ -150,8 +150,9 @@ def demo(args: argparse.Namespace) -> None:
     listener = page.bind(args.host, args.port)
     build = sam_model_registry[args.model]
     sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
-    app = page.build_app(Segmenter(sam.to(args.device)), args.model, args.keep_ratio)
-    page.serve(app, listener)
+    segmenter = Segmenter(sam.to(args.device))
+    segmenter.warm_up()
+    page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)
 
 
 def models(args: argparse.Namespace) -> None:

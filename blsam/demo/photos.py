@@ -128,3 +128,8 @@ class BoundedCache:
             while self.weight > self.limit and len(self._items) > 1:
                 _, (_, gone) = self._items.popitem(last=False)
                 self.weight -= gone
+
+    def clear(self) -> None:
+        with self._lock:
+            self._items.clear()
+            self.weight = 0

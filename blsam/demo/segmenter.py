@@ -101,6 +101,14 @@ class Segmenter:
         self._everything = threading.BoundedSemaphore(MAX_EVERYTHING)
         self._one_everything = threading.Lock()
 
+    def warm_up(self) -> None:
+        """Run everything once, so that the first visitor does not pay for what torch sets up."""
+        side = self.sam.image_encoder.img_size
+        blank = Photo("", b"", (side, side), np.zeros((side, side, 3), np.uint8), b"", (side, side))
+        for keep_ratio in (0.25, 1.0):
+            self._decode(blank, self._encode(blank, keep_ratio), Prompt(box=(0, 0, side, side)), (side, side))
+        self.encodings.clear()
+
     # --- what the page asks for --------------------------------------------------------------------------------------
 
     def add(self, data: bytes) -> Photo:

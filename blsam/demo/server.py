@@ -18,7 +18,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,12 @@ def api(segmenter: Segmenter) -> FastAPI:
     app = FastAPI(title="blsam demo", docs_url=None, redoc_url=None, openapi_url=None)
     app.mount("/static", StaticFiles(directory=STATIC), name="static")
     app.add_middleware(LimitBody)
+    app.add_middleware(StayHere)
     uploads = asyncio.Semaphore(MAX_UPLOADS)
 
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         return JSONResponse({"error": str(error)}, error.status)
-
-    @app.middleware("http")
-    async def stay_here(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        response = await call_next(request)
-        response.headers["Content-Security-Policy"] = POLICY
-        response.headers["Referrer-Policy"] = "no-referrer"
-        return response
 
     @app.post("/api/photos")
     async def add(request: Request) -> dict[str, Any]:
@@ -227,3 +221,19 @@ class LimitBody:
             return message
 
         await self.app(scope, counted, send)
+
+
+class StayHere:
+    """ASGI middleware: every answer tells the browser to load nothing from anywhere else."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
+        async def with_policy(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                policy = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *policy]}
+            await send(message)
+
+        await self.app(scope, receive, with_policy)
