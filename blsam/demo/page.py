@@ -24,9 +24,9 @@ from .server import STATIC, api  # noqa: E402
 
 EXAMPLES = {"coffee": data.coffee, "astronaut": data.astronaut, "cat": data.chelsea, "rocket": data.rocket}
 HEAD = """
-<link rel="stylesheet" href="static/page.css">
-<link rel="icon" href="static/icon.svg">
-<script type="module" src="static/app.js"></script>
+<link rel="stylesheet" href="canvas/page.css">
+<link rel="icon" href="canvas/icon.svg">
+<script type="module" src="canvas/app.js"></script>
 """
 KEYS = """
 | key, with the photo in focus | what it does |

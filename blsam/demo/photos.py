@@ -19,7 +19,7 @@ from ..predictor import ResizeLongestSide
 MAX_BYTES = 30 * 2**20
 MAX_PIXELS = 40_000_000
 MIN_SIDE, MAX_ASPECT = 8, 16  # pixels, long side over short side; less makes no token grid worth a mask
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # a phone's MPO opens as JPEG
 PREVIEW_SIDE = 1280  # longer side in pixels of what the page shows; exports are at the photo's own size
 
 

@@ -47,7 +47,7 @@ POLICY = (
 def api(segmenter: Segmenter) -> FastAPI:
     """The interface above as an application of its own; blocking work runs on the thread pool."""
     app = FastAPI(title="blsam demo", docs_url=None, redoc_url=None, openapi_url=None)
-    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    app.mount("/canvas", StaticFiles(directory=STATIC))  # Gradio has its own /static
     app.add_middleware(LimitBody)
     app.add_middleware(StayHere)
     uploads = asyncio.Semaphore(MAX_UPLOADS)
