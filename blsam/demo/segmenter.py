@@ -53,7 +53,7 @@ class Prompt:
             corners = None if box is None else np.array(box, float)
             coords, labels = (None, None) if rows is None else (rows[:, :2], rows[:, 2])
             check_prompts(coords, labels, corners, None, size)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise Refused(f"points are [x, y, label], a box is [x1, y1, x2, y2]: {error}") from None
         if rows is None and corners is None:
             raise Refused("a mask needs at least one point or a box")

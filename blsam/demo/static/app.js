@@ -122,7 +122,7 @@ class App {
       await this.background();
       this.say(`Keep ratio ${keep.toFixed(2)}: the encoder took ${ms(this.times.get(keep))}.`);
     });
-    if (this.view === "prompt") await this.refresh();
+    if (this.now.points.length || this.now.box) await this.refresh();
     else this.showPrompt();
   }
 
