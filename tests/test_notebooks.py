@@ -9,16 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = {
+    "predictor_example": 8,
+    "automatic_mask_generator_example": 1,
+    "routing_example": 3,
+    "swap_in": 0,
+}  # at least
 SECONDS = 60  # of one notebook
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} == {
-        "automatic_mask_generator_example",
-        "predictor_example",
-        "routing_example",
-        "swap_in",
-    }
+    assert {path.stem for path in NOTEBOOKS} == set(PICTURES)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -49,5 +50,5 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         for output in cell.get("outputs", ())
         if "image/png" in output.get("data", {})
     ]
-    assert pictures or path.stem == "swap_in", "a notebook that shows no picture"
+    assert len(pictures) >= PICTURES[path.stem]
     assert seconds < SECONDS, f"{seconds:.0f} s"

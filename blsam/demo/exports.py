@@ -21,9 +21,9 @@ FILL, EDGE = 140, 255  # opacity of a mask and of its edge, of 255
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W], [H, W, 3] RGB or [H, W, 4] RGBA as a PNG file."""
+    """uint8 [H, W], [H, W, 3] RGB or [H, W, 4] RGBA as a PNG file, packed quickly rather than tightly."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 

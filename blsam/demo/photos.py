@@ -88,17 +88,13 @@ def open_photo(data: bytes, image_size: int) -> Photo:
     return Photo(hashlib.sha256(data).hexdigest(), data, size, resized, buffer.getvalue(), preview_size)
 
 
-_decoding = threading.Lock()  # one at a time: 40 megapixels take a few hundred MB while they are converted
-
-
 def decode_pixels(data: bytes) -> np.ndarray:
     """The photo's pixels, upright, uint8 [H, W, 3] RGB."""
-    with _decoding:
-        try:
-            return read_image(data)
-        except ValueError as error:
-            text = str(error)
-            raise Refused(text[0].upper() + text[1:] + ".") from None
+    try:
+        return read_image(data)
+    except ValueError as error:
+        text = str(error)
+        raise Refused(text[0].upper() + text[1:] + ".") from None
 
 
 class BoundedCache:

@@ -97,6 +97,8 @@ class Segmenter:
         self.sam = sam
         self.photos, self.encodings = BoundedCache(PHOTO_BYTES), BoundedCache(ENCODING_BYTES)
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        # photos too, on one thread: 40 megapixels take several hundred MB, which the next photo then uses again
+        self._opening = ThreadPoolExecutor(1, thread_name_prefix="opening")
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         self._everything = threading.BoundedSemaphore(MAX_EVERYTHING)
         self._one_everything = threading.Lock()
@@ -113,7 +115,7 @@ class Segmenter:
 
     def add(self, data: bytes) -> Photo:
         """Accept a file, or Refused."""
-        photo = open_photo(data, self.sam.image_encoder.img_size)
+        photo = self._opening.submit(open_photo, data, self.sam.image_encoder.img_size).result()
         self.photos.put(photo.id, photo, photo.nbytes)
         return photo
 

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import json
 import math
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -117,21 +120,45 @@ def everything(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Re
     return JSONResponse({"count": len(records), "overlay": base64.b64encode(overlay).decode()})
 
 
+MAX_EXPORTS = 8  # files that are made or wait to be; more visitors are told to come back
+_exports = ThreadPoolExecutor(1, thread_name_prefix="exports")
+_exports_waiting = threading.BoundedSemaphore(MAX_EXPORTS)
+
+
+def one_at_a_time(answer: Callable[..., Response]) -> Callable[..., Response]:
+    """Make files on one thread: 40 megapixels take several hundred MB, which the next file then uses again."""
+
+    @functools.wraps(answer)
+    def queued(*args: Any) -> Response:
+        if not _exports_waiting.acquire(blocking=False):
+            raise Refused(f"{MAX_EXPORTS} other files are being made; try again.", 503)
+        try:
+            return _exports.submit(answer, *args).result()
+        finally:
+            _exports_waiting.release()
+
+    return queued
+
+
+@one_at_a_time
 def export_mask(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Response:
     mask, _ = segmenter.full_mask(photo, *_click(photo, wanted), _candidate(wanted))
     return Response(exports.png(mask * np.uint8(255)), media_type="image/png")
 
 
+@one_at_a_time
 def export_cut_out(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Response:
     mask, _ = segmenter.full_mask(photo, *_click(photo, wanted), _candidate(wanted))
     return Response(exports.cut_out(decode_pixels(photo.data), mask), media_type="image/png")
 
 
+@one_at_a_time
 def export_coco(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Response:
     found = [segmenter.full_mask(photo, *_click(photo, wanted), _candidate(wanted))]
     return Response(exports.coco_file(found, _name(wanted), photo.size), media_type="application/json")
 
 
+@one_at_a_time
 def export_everything(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Response:
     found = segmenter.full_everything(photo, checked_ratio(wanted.get("keep_ratio")))
     return Response(exports.coco_file(found, _name(wanted), photo.size), media_type="application/json")
