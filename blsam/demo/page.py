@@ -106,6 +106,7 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(128)  # who comes before the server runs waits instead of being turned away
     except OSError as error:
         listener.close()
         raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from None
