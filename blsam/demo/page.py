@@ -102,7 +102,8 @@ def _jpeg(pixels: Any) -> bytes:
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens, before any model is loaded; OSError in one line when the port is taken. 0: any free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family)
+    # with the protocol named: asyncio sends small answers at once only then (TCP_NODELAY), 40 ms earlier
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

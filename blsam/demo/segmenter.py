@@ -108,7 +108,7 @@ class Segmenter:
         side = self.sam.image_encoder.img_size
         blank = Photo("", b"", (side, side), np.zeros((side, side, 3), np.uint8), b"", (side, side))
         for keep_ratio in (0.25, 1.0):
-            self._decode(blank, self._encode(blank, keep_ratio), Prompt(box=(0, 0, side, side)), (side, side))
+            self.masks(blank, keep_ratio, Prompt(box=(0, 0, side, side)))
         self.encodings.clear()
 
     # --- what the page asks for --------------------------------------------------------------------------------------
