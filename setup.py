@@ -6,7 +6,8 @@ TRAIN = ["webdataset"]
 TEACHERS = ["mobilesam-mirror", "timm"]
 EVAL = ["lvis"]
 EXPORT = ["onnx", "onnxscript", "onnxruntime"]
-DEMO = ["gradio"]
+DEMO = ["gradio>=6", "scikit-image"]
+NOTEBOOKS = ["ipykernel", "ipympl", "ipywidgets", "scikit-image"]
 
 setup(
     name="blsam",
@@ -17,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["blsam", "blsam.*"]),
+    package_data={"blsam.demo": ["static/*"]},
     install_requires=[
         "torch>=2.4",
         "torchvision",
@@ -35,8 +37,9 @@ setup(
         "teachers": TEACHERS,
         "export": EXPORT,
         "demo": DEMO,
+        "notebooks": NOTEBOOKS,
         "hf": ["transformers"],
-        "test": ["pytest", "nbclient", "ipykernel", "playwright", "scikit-image", *EVAL, *TRAIN, *TEACHERS],
+        "test": ["pytest", "nbclient", "playwright", *EVAL, *TRAIN, *TEACHERS, *DEMO, *NOTEBOOKS],
     },
     entry_points={"console_scripts": ["blsam=blsam.cli:main"]},
 )

@@ -1,4 +1,5 @@
-"""The command `blsam`: `segment` makes a mask from clicks or a box, `calibrate` a model, `models` lists what there is."""
+"""The command `blsam`: `segment` makes a mask from clicks or a box, `demo` shows a page to click on, `calibrate` makes a
+model, `models` lists what there is."""
 
 from __future__ import annotations
 
@@ -13,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as rle_tools
 
 from . import checkpoint as ckpt
 from .build_sam import sam_model_registry
@@ -22,6 +22,7 @@ from .images import read_image
 from .modeling.macs import encoder_macs, sam_macs
 from .precision import DTYPES, resolve_dtype
 from .predictor import SamPredictor, check_prompts, points_outside
+from .records import mask_record
 from .visualize import draw_mask
 
 SHIPPED = Path(__file__).resolve().parent.parent / "checkpoints"
@@ -113,7 +114,7 @@ def segment(args: argparse.Namespace) -> None:
     masks, scores, _ = predictor.predict(points, labels, box)
     decoded = time.perf_counter()
 
-    records = [_record(mask, score) for mask, score in zip(masks, scores)]
+    records = [mask_record(mask, score) for mask, score in zip(masks, scores)]
     best, *others = (records[i] for i in np.argsort(-scores, kind="stable"))
     seconds = {"encoder": round(encoded - start, 4), "decoder": round(decoded - encoded, 4)}
     output = args.output or Path(f"{args.image.stem}_mask.png")
@@ -130,21 +131,28 @@ def segment(args: argparse.Namespace) -> None:
     )
 
 
-def _record(mask: np.ndarray, score: float) -> dict:
-    rle = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-    x, y, w, h = (float(v) for v in rle_tools.toBbox(rle))
-    return {
-        "segmentation": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode()},
-        "score": float(score),
-        "box": [x, y, x + w, y + h],
-        "area": int(mask.sum()),
-    }
-
-
 def _write_picture(path: Path, pixels: np.ndarray) -> None:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG" if path.suffix.lower() == ".png" else "JPEG")
     ckpt.write_atomically(path, lambda temporary: Path(temporary).write_bytes(buffer.getvalue()))
+
+
+def demo(args: argparse.Namespace) -> None:
+    """A page to click on, until Ctrl-C."""
+    checkpoint = find_checkpoint(args.model, args.checkpoint)
+    try:
+        from .demo import page
+        from .demo.segmenter import Segmenter
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the page needs {error.name}: pip install -e '.[demo]'") from None
+    if not 0.01 <= args.keep_ratio <= 1:
+        raise UsageError("the keep ratio of the page lies between 0.01 and 1")
+    listener = page.bind(args.host, args.port)
+    build = sam_model_registry[args.model]
+    sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
+    segmenter = Segmenter(sam.to(args.device))
+    segmenter.warm_up()
+    page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)
 
 
 def models(args: argparse.Namespace) -> None:
@@ -178,18 +186,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("image", type=Path)
     add("--point", type=parse_point, action="append", metavar="X,Y[,0|1]", help="click; 1 object, 0 background")
     add("--box", type=parse_box, metavar="X1,Y1,X2,Y2", help="pixels of the image, as the points")
-    add("--model", choices=sorted(CONFIGS), default=DEFAULT_MODEL)
-    add("--checkpoint", type=Path, help="default: the one that ships")
-    add("--keep-ratio", type=float, default=0.25, help="share of tokens that run through the wide blocks")
-    add("--image-size", type=int, help="side of the model's input, a multiple of 16; default: the checkpoint's")
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add(
-        "--dtype", choices=DTYPES, default="auto", help="of the encoder; auto: bfloat16 where there is hardware for it"
-    )
+    _add_model(seg)
     add("-o", "--output", type=Path, metavar="OUT.png", help="overlay; default IMAGE_mask.png")
     add("--mask", type=Path, metavar="OUT.png", help="the mask alone, 0 and 255")
     add("--json", type=Path, metavar="OUT.json")
     seg.set_defaults(run=segment)
+    web = commands.add_parser("demo", help="a page to click on, on this machine")
+    web.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    web.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the whole network in; default: this machine")
+    _add_model(web)
+    web.set_defaults(run=demo)
     from .training import calibrate  # which needs what is defined here
 
     fit = commands.add_parser(
@@ -200,6 +206,18 @@ def build_parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("models", help="names, sizes, costs, and which weights are present")
     listing.set_defaults(run=models)
     return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", choices=sorted(CONFIGS), default=DEFAULT_MODEL)
+    add("--checkpoint", type=Path, help="default: the one that ships")
+    add("--keep-ratio", type=float, default=0.25, help="share of tokens that run through the wide blocks")
+    add("--image-size", type=int, help="side of the model's input, a multiple of 16; default: the checkpoint's")
+    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add(
+        "--dtype", choices=DTYPES, default="auto", help="of the encoder; auto: bfloat16 where there is hardware for it"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
-def read_image(path: str | Path, *, upright: bool = True) -> np.ndarray:
-    """uint8 [H, W, 3] RGB; transparent parts on white. FileNotFoundError or ValueError in one line.
+def read_image(source: str | Path | bytes, *, upright: bool = True) -> np.ndarray:
+    """A file, or the bytes of one -> uint8 [H, W, 3] RGB; transparent parts on white.
 
     upright: rotate as EXIF says; False for annotated photos, whose masks lie on the pixels as stored.
+    FileNotFoundError or ValueError in one line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image at {path}")
+    name = "the photo" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not Path(source).is_file():
+        raise FileNotFoundError(f"no image at {source}")
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             image = ImageOps.exif_transpose(image) if upright else image
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or not an image ({str(error).splitlines()[0]})") from None
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "no format that is known here" if unknown else str(error).splitlines()[0]
+        raise ValueError(f"{name} is damaged or not an image ({reason})") from None
     if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return np.repeat((values // 257).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "F":
-        raise ValueError(f"{path} holds floating-point pixels; convert it to 8 or 16 bits")
+        raise ValueError(f"{name} holds floating-point pixels; convert it to 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

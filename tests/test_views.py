@@ -123,7 +123,7 @@ def test_damaged_photos_are_black_and_named(photos, tmp_path):
     views = Views(list_photos([folder]), SETTINGS)
     found = {views[i].id: views[i] for i in range(4)}
     assert [name for name in sorted(found) if found[name].damaged] == ["sa_0", "sa_1", "sa_2"]
-    assert found["sa_0"].damaged.startswith("sa_0: OSError") and not found["sa_0"].image.any()
+    assert found["sa_0"].damaged.startswith("sa_0: ValueError the photo is damaged") and not found["sa_0"].image.any()
     assert not len(found["sa_1"].masks)
 
 

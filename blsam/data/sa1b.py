@@ -5,7 +5,6 @@ Every photo has an `id` and `read()`, whatever it lies in. Which photos belong t
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -16,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from ..images import read_image
 from .annotations import Annotations
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -71,7 +70,7 @@ class AnnotatedPhoto:
     annotations: tuple[dict[str, Any], ...]
 
     def read(self) -> Content:
-        return decode_image(self.path.read_bytes()), list(self.annotations)
+        return read_image(self.path, upright=False), list(self.annotations)
 
 
 def parse(image: bytes, text: bytes) -> Content:
@@ -79,13 +78,7 @@ def parse(image: bytes, text: bytes) -> Content:
     annotations = json.loads(text)["annotations"]
     if not all("counts" in a["segmentation"] and a["area"] >= 0 for a in annotations):
         raise ValueError("an annotation has no RLE")
-    return decode_image(image), annotations
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [h, w, 3] RGB."""
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB"))
+    return read_image(image, upright=False), annotations
 
 
 def _span(file: Any, offset: int, size: int) -> bytes:

@@ -13,14 +13,16 @@ from .routing import Routing
 class Sam(_Sam):
     """Prompt encoder, mask decoder, `preprocess` and `postprocess_masks` are `segment_anything`'s."""
 
-    def encode_images(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, Routing]:
-        """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size`.
+    def encode_images(
+        self, images: list[torch.Tensor], *, keep_ratio: float | None = None
+    ) -> tuple[torch.Tensor, Routing]:
+        """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size`; keep_ratio for this call only.
 
         -> embedding [B, 256, S/16, S/16], and the routing (empty for exact models).
         """
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch = torch.stack([self.preprocess(image.squeeze(0) if image.dim() == 4 else image) for image in images])
-        return self.image_encoder.encode(batch, true_sizes=sizes)
+        return self.image_encoder.encode(batch, true_sizes=sizes, keep_ratio=keep_ratio)
 
     @torch.no_grad()
     def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, torch.Tensor]]:

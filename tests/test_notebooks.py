@@ -1,0 +1,54 @@
+"""Every notebook runs from top to bottom on the model that ships, and is stored without outputs."""
+
+import os
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PICTURES = {
+    "predictor_example": 8,
+    "automatic_mask_generator_example": 1,
+    "routing_example": 3,
+    "swap_in": 0,
+}  # at least
+SECONDS = 60  # of one notebook
+
+
+def test_there_are_notebooks():
+    assert {path.stem for path in NOTEBOOKS} == set(PICTURES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_stored_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert not cell.outputs and cell.execution_count is None, f"outputs in {cell.source[:60]!r}"
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    pytest.importorskip("ipympl", reason="the notebooks need pip install -e '.[notebooks]'")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(path, as_version=4)
+    start = time.perf_counter()
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=4 * SECONDS, kernel_name="python3", resources=resources).execute()
+    seconds = time.perf_counter() - start
+    if os.environ.get("NOTEBOOK_OUT"):  # to look at
+        nbformat.write(notebook, Path(os.environ["NOTEBOOK_OUT"]) / path.name)
+    pictures = [
+        output
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= PICTURES[path.stem]
+    assert seconds < SECONDS, f"{seconds:.0f} s"
