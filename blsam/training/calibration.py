@@ -31,7 +31,7 @@ from ..modeling.routing import route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
 from .descent import Descent
-from .losses import cosine_loss
+from .losses import cosine_distance
 from .starts import start_attention, start_feed_forward
 from .streams import Streams
 
@@ -280,7 +280,7 @@ class Calibration:
             x = self._routed(start, number, layers, sizes, self.ratios[rng.integers(len(self.ratios))])
             if last:
                 real = real_tokens(side, side, torch.tensor(sizes, device=x.device))
-                return cosine_loss(self.encoder.embed(x), self.encoder.embed(goal), real).mean()
+                return cosine_distance(self.encoder.embed(x), self.encoder.embed(goal))[real].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
@@ -331,7 +331,7 @@ class Calibration:
             real = real_tokens(side, side, torch.tensor([size], device=x.device))
             dense = self.encoder.embed(self._dense(self._embed(j), range(self.encoder.config.depth)))
             ours = [self.encoder(x[None], true_sizes=[size], keep_ratio=k) for k in keep_ratios]
-            found.append([1 - cosine_loss(one, dense, real).item() for one in ours])
+            found.append([1 - cosine_distance(one, dense)[real].mean().item() for one in ours])
         return np.mean(found, axis=0).tolist()
 
     def _learnt(self) -> dict[str, torch.Tensor]:

@@ -71,10 +71,14 @@ def supervised_loss(
     return (best + F.mse_loss(scores, true_iou, reduction="none").mean(1)).mean()
 
 
+def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of every token: embeddings [B, C, H, W] -> [B, H, W]."""
+    return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)
+
+
 def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """L_fd: 1 - cosine of embeddings [B, C, H, W], a mean over the real tokens [B, H, W] bool of each image: [B]."""
-    distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1)
-    return (distance * real).sum((1, 2)) / real.sum((1, 2))
+    return (cosine_distance(student, teacher) * real).sum((1, 2)) / real.sum((1, 2))
 
 
 def relative_mse_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
