@@ -50,6 +50,7 @@ def settings(photos, tmp_path):
         holdout=0,
         steps=3,
         batch_size=4,
+        lr=2e-5,
         workers=0,
         log_every=1,
     )
@@ -271,7 +272,9 @@ def _run(*command, processes=1, environment=ONE_THREAD):
 def test_processes_equal_one(photos, tmp_path):
     runs = {"one": (1, ()), "ddp": (2, ()), "fsdp": (2, ("--strategy", "fsdp", "--checkpointing"))}
     for name, (processes, more) in runs.items():
-        result = _run(*_command(photos, tmp_path / name, 20, "--accumulate", "2", *more), processes=processes)
+        # a small rate: rounding grows with every step, and routing, best masks and clicks turn on it
+        command = _command(photos, tmp_path / name, 20, "--accumulate", "2", "--lr", "2e-5", *more)
+        result = _run(*command, processes=processes)
         assert result.returncode == 0, result.stderr
     weights = {name: read(tmp_path / name / "model.safetensors")[0] for name in runs}
     for name in ("ddp", "fsdp"):
