@@ -152,7 +152,10 @@ def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None = Non
 
 
 def _ratios(text: str) -> tuple[float, ...]:
-    ratios = tuple(float(part) for part in text.split(","))
-    if not all(0 < r <= 1 for r in ratios):
-        raise argparse.ArgumentTypeError(f"keep ratios lie in (0, 1], got {text}")
+    try:
+        ratios = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        ratios = ()
+    if not ratios or not all(0 < r <= 1 for r in ratios):
+        raise argparse.ArgumentTypeError(f"keep ratios lie in (0, 1] and are parted by commas, got {text!r}")
     return ratios
