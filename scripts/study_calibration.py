@@ -5,6 +5,7 @@
         --annotations instances_val2017.json --annotation-images val2017 --output routing.jsonl
     python scripts/study_calibration.py photos   ... --output photos.jsonl     (4, 16, 64, 256 of them)
     python scripts/study_calibration.py steps    ... --output steps.jsonl      (0 is the closed form alone)
+    python scripts/study_calibration.py heads    ... --output heads.jsonl      (of the narrow attention over the image)
     python scripts/study_calibration.py kinds    ... --kind streets=DIR --kind faces=DIR --output kinds.jsonl
 
 routing: zero and fitted E-branches, each routed at random, by token norm and by the fitted predictors. --test-images: 32
@@ -38,14 +39,14 @@ from blsam.training.calibrate import box_ious, calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
 from blsam.training.losses import cosine_loss
 
-PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 100)
+PHOTOS, STEPS, HEADS = (4, 16, 64, 256), (0, 25, 100), (2, 3)
 TEST_PHOTOS = 32
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("study", choices=("routing", "photos", "steps", "kinds"))
+    add("study", choices=("routing", "photos", "steps", "heads", "kinds"))
     add("--model", default="blsam_vit_t", choices=[name for name, config in CONFIGS.items() if config.routed])
     add("--checkpoint", type=Path, required=True, help="of the dense model")
     add("--images", type=Path, metavar="DIR", help="photos to calibrate on (not for kinds)")
@@ -138,7 +139,8 @@ def measured(meter: Meter, sam: Sam, took: dict[str, Any]) -> dict[str, Any]:
 
 
 def variants(args: argparse.Namespace) -> list[Any]:
-    return {"photos": PHOTOS, "steps": STEPS, "kinds": args.kind, "routing": ["all"]}[args.study]
+    fixed = {"photos": PHOTOS, "steps": STEPS, "heads": HEADS, "routing": ("all",)}
+    return args.kind if args.study == "kinds" else list(fixed[args.study])
 
 
 def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[str, Any]]:
@@ -148,6 +150,8 @@ def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[s
         count = value
     elif args.study == "steps":
         settings = replace(settings, steps=value, stage_steps=2 * value)
+    elif args.study == "heads":  # what the registry builds from now on, in this process
+        CONFIGS[args.model] = replace(CONFIGS[args.model], e_global_heads=value)
     elif args.study == "kinds":
         folder = value[1]
     sam, took = fitted(args, choose_photos(folder, count, args.seed), settings)
