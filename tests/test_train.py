@@ -242,6 +242,7 @@ def test_a_checkpoint_is_whole_or_not_there(settings, monkeypatch):
         (["--steps", "1", "--init", "a.pth", "--train", "decoder", "--cache", "c"], "has nothing to teach"),
         (["--steps", "1", "--init", "a.pth", "--stage", "encoder"], "learns from a --teacher or a --cache"),
         (["--steps", "1", "--keep-ratio", "0.5,2"], "keep ratios lie in"),
+        (["--steps", "1", "--accumulate", "0"], "must be at least 1"),
         (["--steps", "1", "--keep-ratio", "half"], "keep ratios lie in"),
     ),
 )

@@ -140,7 +140,9 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows,
                 (losses.loss / settings.accumulate).backward()
         rows.add(losses)
     with watch("optimiser"):
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        if not torch.isfinite(norm):  # before it reaches the weights, and then the checkpoint
+            raise ValueError(f"step {step}: the gradient is not finite; a lower --lr or --precision fp32 may help")
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.ema.update(run.model)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 
 def optimizer_of(model: nn.Module, lr: float) -> torch.optim.AdamW:
@@ -44,6 +45,8 @@ class Average:
     @contextmanager
     def in_place_of(self, model: nn.Module) -> Iterator[None]:
         """The model has the averaged weights within, its own again after."""
+        if isinstance(model, FSDPModule):
+            model.reshard()
         own = {name: p.detach().clone() for name, p in _trained(model).items()}
         self._write(model, self.averaged)
         try:
@@ -54,13 +57,15 @@ class Average:
     @staticmethod
     @torch.no_grad()
     def _write(model: nn.Module, values: dict[str, torch.Tensor]) -> None:
+        if isinstance(model, FSDPModule):  # a forward pass without a backward one leaves its parameters whole
+            model.reshard()
         for name, p in _trained(model).items():
             p.copy_(values[name])
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names that they have without wrappers."""
-    wrappers = ("module.", "_checkpoint_wrapped_module.")
+    wrappers = ("_checkpoint_wrapped_module.", "module.")  # the longer one first
     found = {}
     for name, p in model.named_parameters():
         for wrapper in wrappers:

@@ -86,6 +86,8 @@ class RunFolder:
         state["ema"] = ema
         folder = self.path / "checkpoints"
         whole, part = folder / f"step-{step}", folder / ".unfinished"
+        if self.world.agree(whole.is_dir())[0]:  # nothing has changed since
+            return
         if self.world.is_main:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
@@ -95,7 +97,6 @@ class RunFolder:
         self.world.barrier()
         if self.world.is_main:
             (part / "facts.json").write_text(json.dumps({"step": step, **facts}))
-            shutil.rmtree(whole, ignore_errors=True)
             os.replace(part, whole)
             for old in folder.glob("step-*"):
                 if old != whole:

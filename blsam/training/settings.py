@@ -120,7 +120,9 @@ def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None = Non
     if sum(value is not None for value in (args.epochs, args.steps, args.minutes)) != 1:
         parser.error("give one of --epochs, --steps and --minutes")
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % (args.accumulate * processes) or args.accumulate < 1:
+    if min(args.batch_size, args.accumulate) < 1:
+        parser.error("--batch-size and --accumulate must be at least 1")
+    if args.batch_size % (args.accumulate * processes):
         parser.error(
             f"--batch-size {args.batch_size} is not a multiple of {args.accumulate} passes x {processes} processes"
         )
