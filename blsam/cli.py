@@ -4,7 +4,6 @@ model, `models` lists what there is."""
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -13,12 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from . import checkpoint as ckpt
 from .build_sam import sam_model_registry
 from .config import CONFIGS, dense_twin
-from .images import read_image
+from .images import encode_image, read_image
 from .modeling.macs import encoder_macs, sam_macs
 from .precision import DTYPES, resolve_dtype
 from .predictor import SamPredictor, check_prompts, points_outside
@@ -132,9 +130,8 @@ def segment(args: argparse.Namespace) -> None:
 
 
 def _write_picture(path: Path, pixels: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG" if path.suffix.lower() == ".png" else "JPEG")
-    ckpt.write_atomically(path, lambda temporary: Path(temporary).write_bytes(buffer.getvalue()))
+    data = encode_image(pixels, "PNG" if path.suffix.lower() == ".png" else "JPEG")
+    ckpt.write_atomically(path, lambda temporary: Path(temporary).write_bytes(data))
 
 
 def demo(args: argparse.Namespace) -> None:

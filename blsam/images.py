@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -35,3 +36,10 @@ def read_image(source: str | Path | bytes, *, upright: bool = True) -> np.ndarra
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return np.asarray(image.convert("RGB"))
+
+
+def encode_image(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
+    """uint8 [H, W], [H, W, 3] RGB or [H, W, 4] RGBA as a file of Pillow's format `kind` ("PNG", "JPEG"), as bytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()

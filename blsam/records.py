@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle_tools
 
+from .data.annotations import encode_mask
+
 
 def mask_record(mask: np.ndarray, score: float) -> dict[str, Any]:
     """A mask, bool [H, W], and the IoU predicted for it -> segmentation (compressed RLE), score, box x1 y1 x2 y2, area."""
-    rle = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+    rle = encode_mask(mask)
     x, y, w, h = (float(v) for v in rle_tools.toBbox(rle))
     return {
-        "segmentation": {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode()},
+        "segmentation": rle,
         "score": float(score),
         "box": [x, y, x + w, y + h],
         "area": int(mask.sum()),

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from blsam.checkpoint import write_atomically
 from blsam.evaluation.commands import run_script
 from blsam.training.loop import train
 from blsam.training.settings import TrainSettings
@@ -52,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in VARIANTS:
             if not any((row["variant"], row["seed"]) == (name, seed) for row in rows):
                 rows.append(one_run(args, name, seed))
-                args.results.parent.mkdir(parents=True, exist_ok=True)
-                args.results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                text = "".join(json.dumps(row) + "\n" for row in rows)
+                write_atomically(args.results, lambda path, text=text: Path(path).write_text(text))
     report(rows)
     if args.picture is not None:
         draw(rows).savefig(args.picture, dpi=100)

@@ -1,5 +1,6 @@
 """Training: losses by hand, equal gradients however a step is cut up, and the program as its users run it."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -121,7 +122,7 @@ def test_a_run_folder_says_what_happened(settings):
     path = train(replace(settings, holdout=0.25, validate_every=2))
     folder = settings.output
     config = json.loads((folder / "config.json").read_text())
-    assert config["photos"] == 6 and config["torch"] == torch.__version__ and config["model"] == "blsam_vit_t"
+    assert config["photos"] == 6 and config["versions"]["torch"] == importlib.metadata.version("torch") and "git_revision" in config and config["model"] == "blsam_vit_t"
     ids = {name: (folder / f"{name}.txt").read_text().split() for name in ("photos", "validation")}
     assert len(ids["photos"]) == 6 and len(ids["validation"]) == 2 and not set(ids["photos"]) & set(ids["validation"])
     steps = [row for row in _rows(folder) if "loss" in row]

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as rle_tools
 
+from ..images import encode_image
 from ..modeling.routing import Routing
 from ..records import coco_json, mask_record
 from ..visualize import OBJECT, draw_heat, draw_prime, to_photo
@@ -21,10 +22,8 @@ FILL, EDGE = 140, 255  # opacity of a mask and of its edge, of 255
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """uint8 [H, W], [H, W, 3] RGB or [H, W, 4] RGBA as a PNG file, packed quickly rather than tightly."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+    """Pixels as a PNG file, packed quickly rather than tightly."""
+    return encode_image(pixels, "PNG", compress_level=1)
 
 
 def mask_overlay(mask: np.ndarray) -> bytes:
@@ -69,9 +68,7 @@ def routing_picture(preview: np.ndarray, routing: Routing, input_size: tuple[int
         picture = draw_heat(preview, often / len(masks), "viridis")
     else:
         picture = draw_prime(preview, to_photo(masks[stage], input_size, preview.shape[:2]) > 0)
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "JPEG", quality=88)
-    return buffer.getvalue()
+    return encode_image(picture, "JPEG", quality=88)
 
 
 def cut_out(pixels: np.ndarray, mask: np.ndarray) -> bytes:

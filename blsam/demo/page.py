@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import socket
@@ -15,9 +14,9 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr  # noqa: E402
 import uvicorn  # noqa: E402
 from fastapi import FastAPI, Response  # noqa: E402
-from PIL import Image  # noqa: E402
 from skimage import data  # noqa: E402
 
+from ..images import encode_image  # noqa: E402
 from .photos import MAX_BYTES, MAX_PIXELS, Refused  # noqa: E402
 from .segmenter import Segmenter  # noqa: E402
 from .server import STATIC, api  # noqa: E402
@@ -43,7 +42,7 @@ KEYS = """
 def build_app(segmenter: Segmenter, model: str, keep_ratio: float) -> FastAPI:
     """The page at "/", the interface of `server` beside it."""
     app = api(segmenter)
-    pictures = {name: _jpeg(read()) for name, read in EXAMPLES.items()}
+    pictures = {name: encode_image(read(), "JPEG", quality=92) for name, read in EXAMPLES.items()}
 
     @app.get("/api/examples/{name}.jpg")
     def example(name: str) -> Response:
@@ -91,12 +90,6 @@ def _blocks(config: dict[str, Any]) -> gr.Blocks:
         with gr.Accordion("Keyboard", open=False, elem_classes="blsam-more"):
             gr.Markdown(KEYS)
     return page
-
-
-def _jpeg(pixels: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=92)
-    return buffer.getvalue()
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..images import read_image
+from ..images import encode_image, read_image
 from ..predictor import ResizeLongestSide
 
 MAX_BYTES = 30 * 2**20
@@ -82,10 +82,9 @@ def open_photo(data: bytes, image_size: int) -> Photo:
     side = min(PREVIEW_SIDE, max(size))
     preview_size = ResizeLongestSide.get_preprocess_shape(*size, side)
     preview = cv2.resize(pixels, preview_size[::-1], interpolation=cv2.INTER_AREA)
-    buffer = io.BytesIO()
-    Image.fromarray(preview).save(buffer, "JPEG", quality=90)
+    shown = encode_image(preview, "JPEG", quality=90)
     resized = ResizeLongestSide(image_size).apply_image(pixels)
-    return Photo(hashlib.sha256(data).hexdigest(), data, size, resized, buffer.getvalue(), preview_size)
+    return Photo(hashlib.sha256(data).hexdigest(), data, size, resized, shown, preview_size)
 
 
 def decode_pixels(data: bytes) -> np.ndarray:

@@ -28,16 +28,17 @@ Line = dict[str, Any]
 
 
 @contextmanager
-def processes() -> Iterator[tuple[int, int]]:
+def processes(backend: str = "gloo", timeout: timedelta = timedelta(days=2)) -> Iterator[tuple[int, int]]:
     """(rank, how many processes), from torchrun's environment; (0, 1) without it.
 
-    Only lists of Python objects are exchanged, so gloo serves whatever the device.
+    As it is for evaluation: only lists of Python objects are exchanged, so gloo serves whatever the device, and the
+    first to finish waits for the last.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield 0, 1
         return
-    dist.init_process_group("gloo", timeout=timedelta(days=2))  # the first to finish waits for the last
+    dist.init_process_group(backend, timeout=timeout)
     try:
         yield dist.get_rank(), world
     finally:

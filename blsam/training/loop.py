@@ -255,7 +255,7 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     if settings.resume and (facts := folder.restore(model, optimizer, ema.averaged)):
         run.progress = Progress(**facts)
         ema.seen = run.progress.step
-    folder.write_config(asdict(settings) | {"photos": len(training), "validated on": len(validation)})
+    folder.write_config(settings.as_json() | {"photos": len(training), "validated on": len(validation)})
     folder.write_ids("photos.txt", [photo.id for photo in training])
     folder.write_ids("validation.txt", [photo.id for photo in validation])
     return run

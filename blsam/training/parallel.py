@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ..evaluation.runner import processes
 from ..modeling.blocks import Block
 from .objective import TrainedSam
 
@@ -56,17 +56,11 @@ class World:
 @contextmanager
 def world(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started, or this one alone; gloo carries the CPU's tensors, NCCL those of GPUs."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield World()
-        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
-    try:
-        yield World(dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+    with processes(backend, timedelta(minutes=30)) as (rank, size):
+        yield World(rank, size)
 
 
 def prepare(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from .. import __version__
 from .. import checkpoint as ckpt
+from ..evaluation.report import provenance, write_json
 from .parallel import World
 
 State = dict[str, Any]
@@ -51,10 +49,7 @@ class RunFolder:
     def write_config(self, settings: dict[str, Any]) -> None:
         """The resolved settings beside git revision, versions and machine."""
         if self.world.is_main:
-            facts = {"git": git_revision(), "blsam": __version__, "torch": torch.__version__}
-            facts |= {"python": platform.python_version(), "processes": self.world.size}
-            text = json.dumps(settings | facts, indent=1, default=str) + "\n"
-            ckpt.write_atomically(self.path / "config.json", lambda path: Path(path).write_text(text))
+            write_json(self.path / "config.json", settings | provenance() | {"processes": self.world.size})
 
     def write_ids(self, name: str, ids: list[str]) -> None:
         if self.world.is_main:
@@ -142,15 +137,6 @@ def _quietly() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
-
-
-def git_revision() -> str:
-    """Of the checkout this package runs from, with a + where files differ from it; "" where it is none."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +59,10 @@ class TrainSettings:
     device: torch.device = torch.device("cpu")
     resume: bool = False
 
+    def as_json(self) -> dict[str, Any]:
+        """As json holds it; paths and the device as text."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
     @property
     def supervised(self) -> bool:
         """Masks are learnt, not the teacher's embedding alone."""
@@ -71,46 +77,48 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--teacher", choices=TEACHERS)
     add("--teacher-checkpoint", type=Path)
     add("--cache", type=Path, metavar="DIR", help="the teacher's embeddings, from scripts/cache_embeddings.py")
-    add("--stage", choices=("all", "encoder"), default="all", help="encoder: L_fd alone, with the teacher's decoder")
-    add("--train", choices=("all", "decoder"), default="all", help="decoder: the image encoder stays as it is")
-    add("--image-size", type=int, default=1024)
-    add("--keep-ratio", type=_ratios, default=(0.25,), metavar="R[,R...]", help="each step draws one of them")
+    add("--stage", choices=("all", "encoder"), help="encoder: L_fd alone, with the teacher's decoder")
+    add("--train", choices=("all", "decoder"), help="decoder: the image encoder stays as it is")
+    add("--image-size", type=int)
+    add("--keep-ratio", type=_ratios, metavar="R[,R...]", help="each step draws one of them")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="SA-1B: folders of NAME.jpg + NAME.json or"
         " of .tar, .tar files; or COCO or LVIS .json with --images")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="where the photos of a .json lie")
-    add("--fraction", type=float, default=1.0, metavar="F", help="a seeded share of the photos, 0.02: 2 %%")
-    add("--holdout", type=float, default=0.05, metavar="F", help="share of those kept for validation")
-    add("--max-objects", type=int, default=8, help="prompts an image")
-    add("--workers", type=int, default=1, help="of each process, that read and augment")
+    add("--fraction", type=float, metavar="F", help="a seeded share of the photos, 0.02: 2 %%")
+    add("--holdout", type=float, metavar="F", help="share of those kept for validation")
+    add("--max-objects", type=int, help="prompts an image")
+    add("--workers", type=int, help="of each process, that read and augment")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--distill-weight", type=float, default=2.5, help="weight of L_fd (the paper's best; used with a teacher)")
-    add("--distill-loss", choices=sorted(DISTILLATION_LOSSES), default="cosine")
-    add("--mask-loss", choices=sorted(MASK_LOSSES), default="sam", help="balanced: better for small models and data")
-    add("--clicks", type=int, default=1, metavar="N", help="0 to N corrective clicks after the first prompt")
+    add("--distill-weight", type=float, help="weight of L_fd (the paper's best; used with a teacher)")
+    add("--distill-loss", choices=sorted(DISTILLATION_LOSSES))
+    add("--mask-loss", choices=sorted(MASK_LOSSES), help="balanced: better for small models and data")
+    add("--clicks", type=int, metavar="N", help="0 to N corrective clicks after the first prompt")
 
     add = parser.add_argument_group("schedule").add_argument
     add("--epochs", type=float)
     add("--steps", type=int)
     add("--minutes", type=float)
-    add("--batch-size", type=int, default=4, help="images a step, over all processes and passes")
-    add("--accumulate", type=int, default=1, metavar="N", help="passes that a step's images are cut into")
-    add("--lr", type=float, default=2e-4)
-    add("--seed", type=int, default=0)
-    add("--validate-every", type=int, default=500, metavar="STEPS")
-    add("--save-every", type=int, default=100, metavar="STEPS")
-    add("--log-every", type=int, default=20, metavar="STEPS")
+    add("--batch-size", type=int, help="images a step, over all processes and passes")
+    add("--accumulate", type=int, metavar="N", help="passes that a step's images are cut into")
+    add("--lr", type=float)
+    add("--seed", type=int)
+    add("--validate-every", type=int, metavar="STEPS")
+    add("--save-every", type=int, metavar="STEPS")
+    add("--log-every", type=int, metavar="STEPS")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--precision", choices=("fp32", "bf16"), default="fp32")
-    add("--strategy", choices=STRATEGIES, default="ddp", help="of several processes; fsdp for ViT-H")
+    add("--precision", choices=("fp32", "bf16"))
+    add("--strategy", choices=STRATEGIES, help="of several processes; fsdp for ViT-H")
     add("--checkpointing", action="store_true", help="recompute activations instead of keeping them")
     add("--compile", choices=("teacher", "all"), help="torch.compile of the teacher, or of the student's blocks too")
     add("--output", type=Path, required=True, metavar="DIR", help="run folder")
     add("--resume", action="store_true", help="go on in it; torchrun's restarts do so by themselves")
+    given = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING and f.name != "device"}
+    parser.set_defaults(**given)
     return parser
 
 
