@@ -4,7 +4,8 @@
     python scripts/benchmark_training.py --model blsam_vit_t --init blsam_vit_t.safetensors --teacher vit_t \
         --teacher-checkpoint vit_t.safetensors --data PHOTOS --image-size 512 --steps 10 --json training.jsonl
 
-Options as of train_sam.py, without --output; the first step, which allocates and compiles, is not counted.
+Options as of train_sam.py, with --steps, without --output; the first step, which allocates and compiles, is not
+counted.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import json
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from blsam.evaluation.commands import run_script
+from blsam.evaluation.report import provenance
 from blsam.training.loop import one_step, set_up, training_loader
 from blsam.training.metrics import Damaged, Rows
 from blsam.training.parallel import World
@@ -31,7 +34,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*arguments, "--output", folder]
-        row = measure(parse_settings(parser, arguments))
+        settings = parse_settings(parser, arguments)
+        if settings.steps is None or settings.steps < 2:
+            parser.error("--steps must be given, and at least 2: the first is not counted")
+        row = measure(replace(settings, log_every=1))  # so that a GPU is waited for at every part
         target = parser.parse_args(arguments).json
     if target is not None:
         with target.open("a") as file:
@@ -67,7 +73,8 @@ def measure(settings: TrainSettings) -> dict[str, float | str]:
     seen = sum(len(batch) for batch in islice(loader, 20))
     row["data_images_per_second"] = round(seen / (time.perf_counter() - start), 1)
     names = ("model", "image_size", "batch_size", "precision", "checkpointing", "stage", "train", "workers")
-    return {name: getattr(settings, name) for name in names} | row
+    names += ("mask_loss", "accumulate", "compile")
+    return {name: getattr(settings, name) for name in names} | {"device": str(settings.device)} | row | provenance()
 
 
 if __name__ == "__main__":

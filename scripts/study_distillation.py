@@ -5,7 +5,7 @@
         --data PHOTOS --results scripts/results/training/distillation.jsonl --picture docs/distillation.png
 
 Every run (variant x seed) is one line of the results, with what validation measured on the way; runs that are there
-already are not made again.
+already are not made again, so other settings want another file.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--results", type=Path, required=True)
     add("--picture", type=Path)
     args = parser.parse_args(argv)
+    if args.steps < 3:
+        parser.error("--steps must be at least 3: each run is validated three times")
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
     for seed in args.seeds:
         for name in VARIANTS:
@@ -86,6 +88,8 @@ def one_run(args: argparse.Namespace, name: str, seed: int) -> dict:
         seconds = time.perf_counter() - start
         lines = [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
     curve = [line for line in lines if "val_cosine" in line]
+    if curve[-1]["step"] < args.steps:
+        raise ValueError(f"{name}, seed {seed}, was interrupted; the same command goes on with it")
     return {"variant": name, "seed": seed, "image_size": args.image_size, "seconds": round(seconds), "curve": curve}
 
 

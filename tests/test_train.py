@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from training import write_coco, write_photos, write_tars
 
 from blsam import sam_model_registry
@@ -61,8 +62,12 @@ def _rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def _column(folder, name):
+    return torch.tensor([row[name] for row in _rows(folder) if name in row])
+
+
 def _losses(folder):
-    return torch.tensor([row["loss"] for row in _rows(folder) if "loss" in row])
+    return _column(folder, "loss")
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------
@@ -113,6 +118,8 @@ def test_passes_give_the_gradient_of_the_whole_batch(settings, tmp_path):
     train(replace(settings, output=tmp_path / "passes", accumulate=4))
     whole, passes = _losses(tmp_path / "run"), _losses(tmp_path / "passes").view(3, -1).mean(1)
     assert torch.allclose(whole, passes, rtol=1e-4), (whole, passes)
+    norms = [_column(tmp_path / name, "grad_norm")[0].item() for name in ("run", "passes")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
     a, b = (read(folder / "model.safetensors")[0] for folder in (tmp_path / "run", tmp_path / "passes"))
     worst = max((a[k].float() - b[k].float()).abs().max().item() for k in a)
     assert worst < 1e-3, worst  # half precision
@@ -122,7 +129,8 @@ def test_a_run_folder_says_what_happened(settings):
     path = train(replace(settings, holdout=0.25, validate_every=2))
     folder = settings.output
     config = json.loads((folder / "config.json").read_text())
-    assert config["photos"] == 6 and config["versions"]["torch"] == importlib.metadata.version("torch") and "git_revision" in config and config["model"] == "blsam_vit_t"
+    assert config["photos"] == 6 and config["model"] == "blsam_vit_t" and "git_revision" in config
+    assert config["versions"]["torch"] == importlib.metadata.version("torch")
     ids = {name: (folder / f"{name}.txt").read_text().split() for name in ("photos", "validation")}
     assert len(ids["photos"]) == 6 and len(ids["validation"]) == 2 and not set(ids["photos"]) & set(ids["validation"])
     steps = [row for row in _rows(folder) if "loss" in row]
@@ -206,6 +214,15 @@ def test_tars_are_streamed(settings, photos, tmp_path):
     assert len(_losses(settings.output)) == 3
 
 
+def test_tars_beside_other_photos_are_refused(settings, photos, tmp_path):
+    tars = write_tars(write_photos(tmp_path / "more", 9), tmp_path / "tars", 1)
+    (tmp_path / "one").mkdir()
+    for suffix in (".jpg", ".json"):
+        (tmp_path / "more" / f"sa_8{suffix}").rename(tmp_path / "one" / f"other{suffix}")
+    with pytest.raises(ValueError, match="tars are streamed, other photos are not"):
+        train(replace(settings, data=(tars[0], tmp_path / "one")))
+
+
 def test_too_many_damaged_photos_stop_the_run(settings, tmp_path):
     folder = write_photos(tmp_path / "some", 8)
     for i in (2, 5):
@@ -218,9 +235,9 @@ def test_too_many_damaged_photos_stop_the_run(settings, tmp_path):
 def test_a_checkpoint_is_whole_or_not_there(settings, monkeypatch):
     train(replace(settings, steps=1, save_every=1))
 
-    def dies(state, **more):
+    def dies(state, **more):  # as torch reports it
         (Path(more["checkpoint_id"]) / "half").write_text("")
-        raise OSError("no space left")
+        raise CheckpointException("save", {0: (OSError("no space left"), None)})
 
     with monkeypatch.context() as patch:
         patch.setattr(run_folder.dcp, "save", dies)
@@ -228,7 +245,24 @@ def test_a_checkpoint_is_whole_or_not_there(settings, monkeypatch):
             train(replace(settings, save_every=1, resume=True))
     assert [path.name for path in (settings.output / "checkpoints").glob("step-*")] == ["step-1"]
     train(replace(settings, resume=True))
-    assert [row["step"] for row in _rows(settings.output) if "loss" in row][-2:] == [2, 3]
+    assert [row["step"] for row in _rows(settings.output) if "loss" in row] == [1, 2, 3]
+
+
+def test_a_run_goes_on_as_it_was_begun_or_not_at_all(settings, tmp_path):
+    train(replace(settings, steps=1))
+    for more, error in (
+        ({"batch_size": 2}, "was begun with batch_size 4, this command has 2"),
+        ({"keep_ratio": (0.5,)}, "was begun with keep_ratio"),
+        ({"data": (write_photos(tmp_path / "others", 5),)}, "photos.txt names other photos"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            train(replace(settings, resume=True, **more))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(settings):
+    with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
+        train(replace(settings, lr=1e30, save_every=1))
+    assert [path.name for path in (settings.output / "checkpoints").glob("step-*")] == ["step-1"]
 
 
 @pytest.mark.parametrize(
@@ -243,6 +277,8 @@ def test_a_checkpoint_is_whole_or_not_there(settings, monkeypatch):
         (["--steps", "1", "--init", "a.pth", "--train", "decoder", "--cache", "c"], "has nothing to teach"),
         (["--steps", "1", "--init", "a.pth", "--stage", "encoder"], "learns from a --teacher or a --cache"),
         (["--steps", "1", "--keep-ratio", "0.5,2"], "keep ratios lie in"),
+        (["--minutes", "inf"], "--minutes must be a finite number"),
+        (["--epochs", "nan"], "--epochs must be a finite number"),
         (["--steps", "1", "--accumulate", "0"], "must be at least 1"),
         (["--steps", "1", "--keep-ratio", "half"], "keep ratios lie in"),
     ),
@@ -284,11 +320,27 @@ def test_processes_equal_one(photos, tmp_path):
         assert weights[name].keys() == weights["one"].keys()
         gaps = [(weights[name][k].float() - v.float()).abs().max().item() for k, v in weights["one"].items()]
         assert max(gaps) < 2e-3, (name, max(gaps))
+    norms = {name: _column(tmp_path / name, "grad_norm")[0].item() for name in runs}
+    assert norms["ddp"] == pytest.approx(norms["one"], rel=1e-4), norms
+    assert norms["fsdp"] == pytest.approx(norms["one"], rel=1e-4), norms
     losses = {name: _losses(tmp_path / name) for name in runs}
     for name in ("ddp", "fsdp"):
         worst = (losses[name] - losses["one"]).abs().max().item()
         print(f"{name}: losses of 20 steps differ by {worst:.1e}")
         assert worst < 1e-3, (name, worst, losses)
+
+
+@pytest.mark.e2e
+def test_processes_may_change_and_validation_need_not_improve(photos, tmp_path):
+    """Two with FSDP2 and checkpointing, whose second validation is no better than the first; then one, plain."""
+    more = ("--holdout", "0.25", "--validate-every", "1", "--lr", "1e-9")
+    two = _run(*_command(photos, tmp_path / "run", 2, "--strategy", "fsdp", "--checkpointing", *more), processes=2)
+    assert two.returncode == 0, two.stderr
+    one = _run(*_command(photos, tmp_path / "run", 4, "--resume", *more))
+    assert one.returncode == 0, one.stderr
+    assert _column(tmp_path / "run", "loss").numel() == 4
+    boxes = _column(tmp_path / "run", "val_box")
+    assert len(boxes) == 5 and (boxes - boxes[0]).abs().max() < 1e-3, boxes
 
 
 @pytest.mark.e2e
@@ -307,6 +359,7 @@ def test_a_killed_run_goes_on_bit_for_bit(photos, tmp_path):
     a, b = (read(tmp_path / run / "model.safetensors")[0] for run in ("whole", "cut"))
     different = [k for k in a if not torch.equal(a[k], b[k])]
     assert not different, f"{len(different)} tensors differ, first {different[:3]}"
+    assert [row["step"] for row in _rows(tmp_path / "cut")] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.e2e

@@ -77,6 +77,15 @@ def test_a_share_of_the_photos(photos):
         choose_photos(every, 0.1, 0.9, seed=1)
 
 
+def test_a_share_of_tars_is_whole_tars(tars):
+    every = list_photos([tars[0].parent])  # 4 tars of 2
+    for fraction in (0.25, 0.5, 0.75):
+        chosen, _ = choose_photos(every, fraction, 0, seed=2)
+        assert len(chosen) == 8 * fraction and len({photo.tar for photo in chosen}) == 4 * fraction
+    _, kept = choose_photos(every, 1, 0.5, seed=2, most=2)
+    assert len(kept) == 2
+
+
 def test_passes_and_processes_cut_up_the_same_steps():
     whole = list(batches(2, 4, 12, 1))
     assert whole == [list(range(24, 36)), list(range(36, 48))]
@@ -116,13 +125,15 @@ def test_readers_need_tars(tars):
 
 
 def test_damaged_photos_are_black_and_named(photos, tmp_path):
-    folder = write_photos(tmp_path / "some", 4)
+    folder = write_photos(tmp_path / "some", 5)
     (folder / "sa_0.jpg").write_bytes((folder / "sa_0.jpg").read_bytes()[:2000])
     (folder / "sa_1.json").write_text('{"annotations": [{"area": 3}]}')
     (folder / "sa_2.json").write_text("{")
+    (folder / "sa_3.json").write_text((folder / "sa_4.json").read_text())  # masks of a photo of another size
     views = Views(list_photos([folder]), SETTINGS)
-    found = {views[i].id: views[i] for i in range(4)}
-    assert [name for name in sorted(found) if found[name].damaged] == ["sa_0", "sa_1", "sa_2"]
+    found = {views[i].id: views[i] for i in range(5)}
+    assert found["sa_3"].damaged == "sa_3: ValueError a mask of [300, 451] on a photo of [512, 512] (h, w)"
+    assert [name for name in sorted(found) if found[name].damaged] == ["sa_0", "sa_1", "sa_2", "sa_3"]
     assert found["sa_0"].damaged.startswith("sa_0: ValueError the photo is damaged") and not found["sa_0"].image.any()
     assert not len(found["sa_1"].masks)
 
@@ -148,6 +159,11 @@ def test_paths_that_do_not_do(photos, tmp_path):
     ):
         with pytest.raises((FileNotFoundError, ValueError), match=error):
             list_photos(paths)
+    dotted = write_photos(tmp_path / "dotted", 1)
+    for path in list(dotted.iterdir()):
+        path.rename(dotted / f"a.b{path.suffix}")
+    with pytest.raises(ValueError, match=r"a\.b has a dot in its name"):
+        list_photos(write_tars(dotted, tmp_path / "dotted_tar", 1))
     (tmp_path / "text.tar").write_text("no tar")
     with pytest.raises(ValueError, match="is not an uncompressed tar"):
         list_photos([tmp_path / "text.tar"])

@@ -1,6 +1,6 @@
 """Photos with masks to train on: SA-1B as it is downloaded (folders or tars), or COCO and LVIS json.
 
-Every photo has an `id` and `read()`, whatever it lies in. Which photos belong to a run is decided from the ids alone.
+Every photo has an `id` and `read()`, whatever it lies in.
 """
 
 from __future__ import annotations
@@ -134,6 +134,9 @@ def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:
         names = sorted(n for n in members if n.lower().endswith(IMAGE_SUFFIXES))
         pairs = [(n, str(PurePosixPath(n).with_suffix(".json"))) for n in names]
         found = [TarPhoto(tar, PurePosixPath(n).stem, members[n], members[j]) for n, j in pairs if j in members]
+        dotted = next((photo.id for photo in found if "." in photo.id), None)
+        if dotted is not None:
+            raise ValueError(f"{tar}: {dotted} has a dot in its name, at which webdataset would cut it")
         if not found:
             raise FileNotFoundError(f"{tar} has no photo with a .json beside it (SA-1B's layout)")
         photos += found
@@ -143,7 +146,10 @@ def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:
 def _annotated(path: Path, images: str | Path | None) -> list[TrainingPhoto]:
     if images is None:
         raise ValueError(f"{path} needs --images, the folder of its photos")
-    data = Annotations(path, images, "coco")  # LVIS has the same keys, and those of its own are not needed here
+    # LVIS has the same keys, and those of its own are not needed here
+    data = Annotations(path, images, "coco", skip_missing=True)
+    if missing := data.left_out["images not found"]:
+        raise FileNotFoundError(f"{missing} photos of {path} are not in {images}; take them out of the json")
     photos = []
     for photo in data.photos:
         targets, _ = data.targets(photo, crowd=False)
@@ -156,15 +162,25 @@ def _annotated(path: Path, images: str | Path | None) -> list[TrainingPhoto]:
 
 
 def choose_photos(
-    photos: Sequence[TrainingPhoto], fraction: float, holdout: float, seed: int
+    photos: Sequence[TrainingPhoto], fraction: float, holdout: float, seed: int, most: int | None = None
 ) -> tuple[list[TrainingPhoto], list[TrainingPhoto]]:
-    """(training, validation): a seeded share `fraction` of the photos, of which a share `holdout` is kept apart.
+    """(training, validation): a seeded share `fraction` of the photos, of which a share `holdout`, at most `most`, is
+    kept apart.
 
-    A pure function of the ids' order and the seed; a larger fraction holds the smaller one.
+    A pure function of the order of the photos and the seed; a larger fraction holds the smaller one. Of tars as few as
+    will do are taken, since a tar is read whole.
     """
-    order = np.random.default_rng(seed).permutation(len(photos))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(photos))
+    streamed = all(isinstance(photo, TarPhoto) for photo in photos)
+    if fraction < 1 and streamed:
+        tars: dict[Path, list[int]] = {}
+        for i in order:
+            tars.setdefault(photos[i].tar, []).append(i)
+        order = [i for number in rng.permutation(len(tars)) for i in tars[sorted(tars)[number]]]
     order = order[: max(1, round(fraction * len(photos)))]
-    count = round(holdout * len(order))
+    count = min(round(holdout * len(order)), len(order) if most is None else most)
     if count == len(order):
         raise ValueError(f"nothing to train on: {len(order)} photos, a share of {holdout:g} held out")
+    order = rng.permutation(order) if streamed else order  # or one tar alone would be held out
     return [photos[i] for i in sorted(order[count:])], [photos[i] for i in sorted(order[:count])]

@@ -89,6 +89,10 @@ def damaged(photo: str, key: int, settings: ViewSettings, reason: str) -> Sample
 
 def _draw(pixels: np.ndarray, annotations: list[dict], settings: ViewSettings, rng: np.random.Generator) -> Sample:
     """Scale 0.7 to 1.8, crop, mirror, colour; a crop without any object is drawn again, ten times at most."""
+    h, w = pixels.shape[:2]
+    for annotation in annotations:
+        if list(annotation["segmentation"]["size"]) != [h, w]:
+            raise ValueError(f"a mask of {annotation['segmentation']['size']} on a photo of {[h, w]} (h, w)")
     for _ in range(10):
         sample = _crop(pixels, annotations, settings, rng)
         if len(sample.masks) or not annotations:
@@ -213,6 +217,9 @@ class TarViews(IterableDataset):
             tars = sorted(self.ids)
             random.Random(f"{self.settings.seed} {epoch}").shuffle(tars)
             for tar in tars[self.rank * workers + worker :: self.world * workers]:
+                if skip >= len(self.ids[tar]):  # each gives exactly as many as were chosen from it
+                    skip -= len(self.ids[tar])
+                    continue
                 for photo, read in self._stream(tar, epoch):
                     if skip:
                         skip -= 1

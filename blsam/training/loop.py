@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,14 +19,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..build_sam import sam_model_registry
-from ..checkpoint import read, sha256
+from ..checkpoint import read, sha256, write_atomically
 from ..config import CONFIGS
 from ..data.sa1b import TarPhoto, TrainingPhoto, choose_photos, list_photos
 from ..data.views import Sample, TarViews, Views, ViewSettings, batches
 from ..evaluation.runner import Stopwatch
 from ..modeling.sam import Sam
 from .embeddings import EmbeddingCache
-from .metrics import Damaged, Rows, fusion_scalars, jaccard
+from .metrics import Damaged, Rows, fusion_scalars, jaccard, whole
 from .objective import Losses, Objective, TrainedSam, to_batch
 from .optim import Average, optimizer_of, rate
 from .parallel import World, last_pass_only, prepare, world
@@ -70,17 +73,18 @@ def train(settings: TrainSettings) -> str:
     """
     with world(settings.device) as processes:
         run = set_up(settings, processes)
-        loop(run)
+        with caught_signals() as stopped:
+            loop(run, stopped)
         with run.ema.in_place_of(run.model):
             path = run.folder.export("model.safetensors", run.model, _metadata(run))
         run.folder.close()
         return str(path)
 
 
-def loop(run: Run) -> None:
-    """Step after step until steps, minutes or a signal end it; then a checkpoint and a last validation."""
+def loop(run: Run, stopped: list[int]) -> None:
+    """Step after step until steps or minutes end it, with a last validation, or a signal does; then a checkpoint."""
     settings, progress = run.settings, run.progress
-    samples, stopped = iter(training_loader(run)), catch_signals()
+    samples = iter(training_loader(run))
     damaged = Damaged(len(run.training), run.world, settings.output / "damaged.txt")
     rows = Rows(settings.batch_size, settings.device, run.world)
     total, quiet = run.steps if run.steps < ENDLESS else None, not (run.world.is_main and sys.stderr.isatty())
@@ -105,16 +109,16 @@ def loop(run: Run) -> None:
                 run.folder.log(row | {"damaged": damaged.check()})
                 bar.set_postfix({name: row[name] for name in ("loss", "iou") if name in row})
                 row_start = minutes
-            if progress.step % settings.save_every == 0:
-                save(run)
-            if progress.step % settings.validate_every == 0:
+            if progress.step % settings.validate_every == 0:  # before saving, which keeps what was best
                 paused = time.monotonic()
                 validate(run)
                 row_start += (time.monotonic() - paused) / 60  # not of the steps
+            if progress.step % settings.save_every == 0:
+                save(run)
     damaged.check()
-    save(run)
-    if progress.step % settings.validate_every:
+    if not stop and progress.step % settings.validate_every:
         validate(run)
+    save(run)
 
 
 def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows, damaged: Damaged) -> None:
@@ -140,13 +144,13 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows,
                 (losses.loss / settings.accumulate).backward()
         rows.add(losses)
     with watch("optimiser"):
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+        norm = whole(torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0))
         if not torch.isfinite(norm):  # before it reaches the weights, and then the checkpoint
             raise ValueError(f"step {step}: the gradient is not finite; a lower --lr or --precision fp32 may help")
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         run.ema.update(run.model)
-    rows.step(watch if timed else None)
+    rows.step(norm, watch if timed else None)
 
 
 def validate(run: Run) -> None:
@@ -156,10 +160,12 @@ def validate(run: Run) -> None:
     with run.ema.in_place_of(run.model):
         found, prime = measure(run)
         row = {name: round(value, 4) for name, value in found.items()}
-        if prime:
+        if prime and run.world.is_main:
             row["prime_jaccard"] = round(jaccard(prime, _prime_at_start(run, prime)), 4)
         run.folder.log({"step": run.progress.step} | row)
-        score = found["val_box"] if run.settings.supervised else found["val_cosine"]
+        score = found.get("val_box" if run.settings.supervised else "val_cosine")
+        if score is None:
+            raise ValueError("no photo held out has an object to validate on; --holdout 0 goes without")
         if score > run.progress.best:
             run.progress.best = score
             run.folder.export("best.safetensors", run.model, _metadata(run))
@@ -198,8 +204,7 @@ def _prime_at_start(run: Run, prime: list[np.ndarray]) -> list[np.ndarray]:
     """The prime tokens of the run's first validation, which its folder keeps."""
     path = run.settings.output / "prime_at_start.npz"
     if not path.is_file():
-        if run.world.is_main:
-            np.savez_compressed(path, *prime)
+        write_atomically(path, lambda temporary: np.savez_compressed(temporary, *prime))
         return prime
     with np.load(path) as stored:
         return [stored[f"arr_{i}"] for i in range(len(stored.files))]
@@ -225,8 +230,8 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     """Read, check and build everything, and go on from the folder's last checkpoint if asked to."""
     cache = EmbeddingCache(settings.cache) if settings.cache else None
     photos = list_photos(settings.data, settings.images)
-    training, validation = choose_photos(photos, settings.fraction, settings.holdout, seed=0)
-    validation = validation[:MOST_VALIDATED]
+    training, validation = choose_photos(photos, settings.fraction, settings.holdout, 0, MOST_VALIDATED)
+    ids = {"photos.txt": [photo.id for photo in training], "validation.txt": [photo.id for photo in validation]}
     # the cache's views were drawn until an object was in them, so ours must be
     objects = settings.max_objects if settings.supervised else int(cache is not None)
     views = ViewSettings(settings.image_size, objects, settings.seed)
@@ -252,12 +257,15 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     folder = RunFolder(settings.output, processes)
     optimizer, ema = optimizer_of(model, settings.lr), Average(model)
     run = Run(settings, processes, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps)
-    if settings.resume and (facts := folder.restore(model, optimizer, ema.averaged)):
-        run.progress = Progress(**facts)
-        ema.seen = run.progress.step
+    if settings.resume:
+        folder.check_same(settings, ids)
+        if facts := folder.restore(model, optimizer, ema.averaged):
+            run.progress = Progress(**facts)
+            ema.seen = run.progress.step
+        folder.rewind(run.progress.step if facts else -1)
+    for name, found in ids.items():
+        folder.write_ids(name, found)
     folder.write_config(settings.as_json() | {"photos": len(training), "validated on": len(validation)})
-    folder.write_ids("photos.txt", [photo.id for photo in training])
-    folder.write_ids("validation.txt", [photo.id for photo in validation])
     return run
 
 
@@ -289,7 +297,12 @@ def training_loader(run: Run) -> DataLoader:
     settings, rank, size = run.settings, run.world.rank, run.world.size
     first, passes = run.progress.step, settings.accumulate
     common = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": _outlive_signals}
-    if isinstance(run.training[0], TarPhoto):
+    streamed = [isinstance(photo, TarPhoto) for photo in run.training]
+    if any(streamed):
+        if not all(streamed):
+            raise ValueError("tars are streamed, other photos are not: --data takes the one or the other")
+        if importlib.util.find_spec("webdataset") is None:
+            raise ImportError("tars need webdataset: pip install -e '.[train]'")
         each = settings.batch_size // (passes * size)
         views = TarViews(run.training, run.views, rank, size, each, skip=first * passes * each)
         views.readers_fit(settings.workers)
@@ -308,12 +321,23 @@ def _check_cache(cache: EmbeddingCache, settings: TrainSettings, photos: list[Tr
         raise ValueError(f"{cache.folder} lacks {len(missing)} of {len(photos)} photos, the first {missing[0]}")
 
 
-def catch_signals() -> list[int]:
-    """Ctrl-C and SIGTERM, as they come, instead of an end in the middle of a step."""
+@contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM, as they come, instead of an end in the middle of a step; a second one ends it all the same."""
     caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        signal.signal(number, before[number])
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: caught.append(received))
-    return caught
+        before[number] = signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _outlive_signals(worker: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..data.views import Sample
 from ..evaluation.runner import Stopwatch
@@ -41,9 +42,10 @@ class Rows:
         for name, value in (terms | ({} if moved is None else {"prime_moved": moved})).items():
             self.terms.setdefault(name, []).append(value)
 
-    def step(self, watch: Stopwatch | None) -> None:
-        """The end of a step; its seconds, if they were taken."""
+    def step(self, grad_norm: torch.Tensor, watch: Stopwatch | None) -> None:
+        """The end of a step: the gradient's norm before clipping, and its seconds, if they were taken."""
         self.steps += 1
+        self.terms.setdefault("grad_norm", []).append(grad_norm)
         for name, seconds in (watch.seconds if watch else {}).items():
             self.parts.setdefault(name, []).append(seconds)
 
@@ -72,9 +74,13 @@ def fusion_scalars(encoder: nn.Module) -> dict[str, list[float]]:
     for module in encoder.modules():
         if isinstance(module, Fusion):
             for name, value in module.named_parameters():
-                value = value.full_tensor() if hasattr(value, "full_tensor") else value
-                found.setdefault(name, []).extend(round(v, 6) for v in value.tolist())
+                found.setdefault(name, []).extend(round(v, 6) for v in whole(value).tolist())
     return found
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """A tensor, put together from all processes where FSDP2 has sharded it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def jaccard(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:

@@ -109,7 +109,9 @@ class TrainedSam(nn.Module):
         if self.objective.supervised:
             with watch("decoder"):
                 terms |= self._supervised(batch, embeddings)
-        if embeddings.requires_grad:  # where the decoder's backward pass ends and the encoder's begins
+        if (
+            embeddings.requires_grad and self.objective.supervised
+        ):  # where the decoder's backward pass ends and the encoder's begins
             embeddings.register_hook(lambda _: watch.split("decoder backward"))
         if batch.target is not None:
             loss = DISTILLATION_LOSSES[self.objective.distill_loss]
@@ -165,7 +167,7 @@ class TrainedSam(nn.Module):
     def _measure(self, batch: Batch, embeddings: torch.Tensor, routing: Routing) -> Measured:
         found: dict[str, list[float]] = {"box": [], "click": []}
         for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
-            if not len(masks):
+            if not len(masks):  # or damaged
                 continue
             clicks = first_clicks(masks, torch.Generator().manual_seed(key))
             for name, points, given in (("box", None, boxes), ("click", clicks, None)):
@@ -174,7 +176,7 @@ class TrainedSam(nn.Module):
                 found[name] += mask_iou(logits[torch.arange(len(masks)), best][:, None], masks)[:, 0].tolist()
         if batch.target is not None:
             distances = DISTILLATION_LOSSES["cosine"](embeddings, batch.target, _real(batch, embeddings))
-            found["cosine"] = (1 - distances).tolist()
+            found["cosine"] = (1 - distances)[batch.weights > 0].tolist()
         return Measured(found, [stage.mask for stage in routing.stages])
 
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from .. import checkpoint as ckpt
 from ..evaluation.report import provenance, write_json
 from .parallel import World
+from .settings import TrainSettings, launcher
 
 State = dict[str, Any]
 
@@ -42,14 +43,31 @@ class RunFolder:
         self._log, self._board = None, None
         if world.is_main:
             path.mkdir(parents=True, exist_ok=True)
-            self._log = (path / "metrics.jsonl").open("a")
             self._board = _tensorboard(path / "tensorboard")
         world.barrier()
+
+    def rewind(self, step: int) -> None:
+        """Forget what was logged after the checkpoint of `step`, and a line that was cut short."""
+        path = self.path / "metrics.jsonl"
+        if self.world.is_main and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+            kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
+            ckpt.write_atomically(path, lambda temporary: Path(temporary).write_text(kept))
+
+    def check_same(self, settings: TrainSettings, ids: dict[str, list[str]]) -> None:
+        """ValueError unless the run that the folder holds was begun with these settings and these photos."""
+        config = self.path / "config.json"
+        if config.is_file():
+            settings.check_same(json.loads(config.read_text()))
+            for name, found in ids.items():
+                if (self.path / name).read_text().splitlines() != found:
+                    raise ValueError(f"{self.path / name} names other photos than this command's --data")
 
     def write_config(self, settings: dict[str, Any]) -> None:
         """The resolved settings beside git revision, versions and machine."""
         if self.world.is_main:
-            write_json(self.path / "config.json", settings | provenance() | {"processes": self.world.size})
+            facts = {"processes": self.world.size, "launcher": launcher()}
+            write_json(self.path / "config.json", settings | provenance() | facts)
 
     def write_ids(self, name: str, ids: list[str]) -> None:
         if self.world.is_main:
@@ -60,6 +78,8 @@ class RunFolder:
         """A line of metrics.jsonl, and its plain numbers to TensorBoard."""
         if not self.world.is_main:
             return
+        if self._log is None:
+            self._log = (self.path / "metrics.jsonl").open("a")
         self._log.write(json.dumps(row) + "\n")
         self._log.flush()
         if self._board is not None:
@@ -87,7 +107,7 @@ class RunFolder:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
         self.world.barrier()
-        with _quietly():
+        with _plainly(f"{part} was not written"):
             dcp.save(state, checkpoint_id=str(part), no_dist=self.world.size == 1)
         self.world.barrier()
         if self.world.is_main:
@@ -111,11 +131,8 @@ class RunFolder:
             return None
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         state["ema"] = ema
-        try:
-            with _quietly():
-                dcp.load(state, checkpoint_id=str(folder), no_dist=self.world.size == 1)
-        except (RuntimeError, ValueError, dcp.api.CheckpointException) as error:
-            raise ValueError(f"{folder} does not fit this run ({str(error).splitlines()[0]})") from None
+        with _plainly(f"{folder} does not fit this run"):
+            dcp.load(state, checkpoint_id=str(folder), no_dist=self.world.size == 1)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         return json.loads((folder / "facts.json").read_text())
@@ -132,11 +149,15 @@ class RunFolder:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """One process is no reason for a warning."""
+def _plainly(what: str) -> Iterator[None]:
+    """No warning about there being one process; OSError in one line for what torch raises, which is no Exception."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        try:
+            yield
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise OSError(f"{what} ({str(cause).splitlines()[0]})") from None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import socket
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,10 @@ from ..config import CONFIGS
 from .losses import DISTILLATION_LOSSES, MASK_LOSSES
 from .parallel import STRATEGIES
 from .teachers import DENSE, TEACHERS
+
+# what may change when a run goes on: where things lie, how long it takes, how it is computed and logged
+FREE = {"data", "images", "init", "teacher_checkpoint", "cache", "output", "resume", "epochs", "steps", "minutes"}
+FREE |= {"device", "strategy", "checkpointing", "compile", "workers", "validate_every", "save_every", "log_every"}
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,15 @@ class TrainSettings:
     seed: int = 0
     device: torch.device = torch.device("cpu")
     resume: bool = False
+
+    def check_same(self, stored: dict[str, Any]) -> None:
+        """ValueError names the first setting that a run was begun with otherwise, of those that it depends on."""
+        now = self.as_json()
+        for name in sorted(now.keys() - FREE):
+            if stored.get(name) != now[name]:
+                raise ValueError(
+                    f"{self.output} was begun with {name} {stored.get(name)}, this command has {now[name]}"
+                )
 
     def as_json(self) -> dict[str, Any]:
         """As json holds it; paths and the device as text."""
@@ -134,6 +149,9 @@ def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None = Non
         parser.error(
             f"--batch-size {args.batch_size} is not a multiple of {args.accumulate} passes x {processes} processes"
         )
+    for name in ("epochs", "minutes", "lr", "fraction", "holdout", "distill_weight"):
+        if getattr(args, name) is not None and not math.isfinite(getattr(args, name)):
+            parser.error(f"--{name.replace('_', '-')} must be a finite number")
     for name in ("steps", "epochs", "minutes", "lr", "max_objects", "validate_every", "save_every", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
@@ -152,13 +170,25 @@ def parse_settings(parser: argparse.ArgumentParser, argv: list[str] | None = Non
         parser.error(f"{args.model} starts from --init or from a dense --teacher")
     if args.train == "decoder" and args.init is None:
         parser.error("--train decoder needs --init")
-    # what elastic torchrun starts again goes on by itself
-    resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    used = args.output.is_dir() and any(args.output.iterdir())
-    if used and not resume and int(os.environ.get("RANK", 0)) == 0:
+    main = int(os.environ.get("RANK", 0)) == 0
+    # what elastic torchrun starts again goes on by itself, in the folder that it began and no other
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    resume = args.resume or (restarted and (not main or begun_by(args.output) == launcher()))
+    if main and not resume and args.output.is_dir() and any(args.output.iterdir()):
         parser.error(f"{args.output} is not empty; --resume continues the run in it")
     values = vars(args) | {"data": tuple(args.data), "resume": resume}
     return TrainSettings(**{f.name: values[f.name] for f in fields(TrainSettings)})
+
+
+def launcher() -> str:
+    """The process that started this one: torchrun's agent, which stays the same over its restarts."""
+    return f"{socket.gethostname()} {os.getppid()}"
+
+
+def begun_by(folder: Path) -> str | None:
+    """The launcher of the run in a folder; None where there is none."""
+    path = folder / "config.json"
+    return json.loads(path.read_text())["launcher"] if path.is_file() else None
 
 
 def _ratios(text: str) -> tuple[float, ...]:
