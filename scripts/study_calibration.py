@@ -32,10 +32,10 @@ from blsam.checkpoint import sha256
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.evaluation.commands import run_script
-from blsam.evaluation.prompted import bootstrap
+from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
-from blsam.training.calibrate import box_ious, calibrate, choose_photos, prepare
+from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
 from blsam.training.losses import cosine_loss
 
@@ -108,7 +108,7 @@ def routings(args: argparse.Namespace, meter: Meter, sam: Sam, took: dict[str, A
     """E-branches x routing x keep ratio; each paired with random routing of the same E-branches, and with dense."""
     zero = sam_model_registry[args.model](args.checkpoint)
     zero.image_encoder.predictors.load_state_dict(sam.image_encoder.predictors.state_dict())
-    dense = box_ious(meter.dense, meter.annotations, 1.0) if meter.annotations else None
+    dense = _boxes(meter.dense, meter.annotations, 1.0) if meter.annotations else None
     for name, model in (("zero", zero), ("fitted", sam)):
         for keep in KEEP_RATIOS:
             baseline: dict[str, np.ndarray] = {}
@@ -119,7 +119,7 @@ def routings(args: argparse.Namespace, meter: Meter, sam: Sam, took: dict[str, A
                 images = {"cosine": np.arange(len(meter.inputs))}
                 row = {"e_branches": name, "routing": score, "keep_ratio": keep, **took}
                 if dense is not None:
-                    values["box_miou"], images["box_miou"] = box_ious(model, meter.annotations, keep)
+                    values["box_miou"], images["box_miou"] = _boxes(model, meter.annotations, keep)
                     row["over_dense"] = float((values["box_miou"] - dense[0]).mean())
                     row["over_dense_interval_95"] = bootstrap(values["box_miou"] - dense[0], dense[1], 0)
                 for key, value in values.items():
@@ -134,8 +134,13 @@ def routings(args: argparse.Namespace, meter: Meter, sam: Sam, took: dict[str, A
 def measured(meter: Meter, sam: Sam, took: dict[str, Any]) -> dict[str, Any]:
     row = dict(took) | {f"cosine_{keep:g}": float(meter.cosines(sam, keep).mean()) for keep in KEEP_RATIOS}
     if meter.annotations is not None:
-        row["box_miou_0.25"] = float(box_ious(sam, meter.annotations, 0.25)[0].mean())
+        row["box_miou_0.25"] = float(_boxes(sam, meter.annotations, 0.25)[0].mean())
     return row
+
+
+def _boxes(sam: Sam, annotations: Annotations, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
+    ious, images = object_ious(sam, annotations, keep_ratio)
+    return ious["box"], images
 
 
 def variants(args: argparse.Namespace) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,10 @@ from pycocotools import mask as rle_tools
 from ..data.annotations import Annotations, Photo, Target, encode_mask
 from ..data.prompts import Click
 from ..decoding import Candidates, decode, upscale
-from .protocols import Protocol
+from ..images import read_image
+from ..modeling.sam import Sam
+from ..predictor import SamPredictor
+from .protocols import PROTOCOLS, Protocol
 
 SIZES = {"all": (0, 1e10), "large": (96**2, 1e10), "medium": (32**2, 96**2), "small": (0, 32**2)}  # COCO's, inclusive
 DISC_RADII = 2.0 ** np.arange(-7, -0.75, 0.25)  # tried for the disc baseline, as shares of the photo's longer side
@@ -191,6 +195,30 @@ class PromptedIoU:
                 interval = bootstrap(100 * column["iou"][member], column["image"][member], self.seed)
                 figures["interval_95" + suffix] = interval
         return figures | {"left_out": {reason: n for reason, n in sorted(self.left_out.items()) if n}}
+
+
+def object_ious(
+    sam: Sam, annotations: Annotations, keep_ratio: float, prompts: Sequence[str] = ("box",)
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """IoU in percent of every object, protocol `paper`, of each prompt, and the id of the photo that it lies on.
+
+    prompts: "box", "center" (one point in the middle) -> {prompt: float [P]}, int [P]; the same objects in any model.
+    """
+    predictor, before = SamPredictor(sam), sam.image_encoder.keep_ratio
+    protocols = {name: replace(PROTOCOLS["paper"], sampling="random" if name == "box" else name) for name in prompts}
+    kinds = {name: "box" if name == "box" else "point" for name in prompts}
+    evaluators = {name: PromptedIoU(annotations, protocol, kinds[name]) for name, protocol in protocols.items()}
+    sam.image_encoder.keep_ratio = keep_ratio
+    for photo in annotations.photos:
+        targets, _ = annotations.targets(photo, crowd=False)
+        if targets:
+            predictor.set_image(read_image(photo.path, upright=False))
+            for name, evaluator in evaluators.items():
+                rows = predict_objects(predictor, targets, protocols[name], kinds[name], 1, seed=0)
+                evaluator.process(photo, rows)
+    sam.image_encoder.keep_ratio = before
+    ious = {name: np.array([100 * row["iou"] for row in one.rows]) for name, one in evaluators.items()}
+    return ious, np.array([row["image"] for row in evaluators[prompts[0]].rows])
 
 
 def bootstrap(values: np.ndarray, images: np.ndarray, seed: int) -> list[float]:

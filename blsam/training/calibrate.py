@@ -21,8 +21,7 @@ from ..build_sam import sam_model_registry
 from ..config import CONFIGS
 from ..data.annotations import Annotations
 from ..data.sa1b import IMAGE_SUFFIXES
-from ..evaluation.prompted import PromptedIoU, predict_objects
-from ..evaluation.protocols import PROTOCOLS
+from ..evaluation.prompted import object_ious
 from ..images import read_image
 from ..modeling.sam import Sam
 from ..precision import DTYPES
@@ -128,24 +127,9 @@ def peak_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def box_ious(sam: Sam, annotations: Annotations, keep_ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """IoU in percent of every object with a box prompt, protocol `paper`, and the id of the photo that each lies on."""
-    protocol, predictor = PROTOCOLS["paper"], SamPredictor(sam)
-    evaluator = PromptedIoU(annotations, protocol, "box")
-    before, sam.image_encoder.keep_ratio = sam.image_encoder.keep_ratio, keep_ratio
-    for photo in annotations.photos:
-        targets, _ = annotations.targets(photo, crowd=protocol.crowd)
-        if targets:
-            predictor.set_image(read_image(photo.path, upright=False))
-            evaluator.process(photo, predict_objects(predictor, targets, protocol, "box", 1, seed=0))
-    sam.image_encoder.keep_ratio = before
-    rows = evaluator.rows
-    return np.array([100 * row["iou"] for row in rows]), np.array([row["image"] for row in rows])
-
-
 def box_miou(sam: Sam, annotations: Annotations, keep_ratio: float) -> float:
     """Mean IoU in percent of box prompts, protocol `paper`."""
-    return float(box_ious(sam, annotations, keep_ratio)[0].mean())
+    return float(object_ious(sam, annotations, keep_ratio)[0]["box"].mean())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
