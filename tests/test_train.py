@@ -18,6 +18,7 @@ from training import write_coco, write_photos, write_tars
 
 from blsam import sam_model_registry
 from blsam.checkpoint import read
+from blsam.data.sa1b import choose_photos, list_photos
 from blsam.training import run_folder
 from blsam.training.embeddings import EmbeddingCache
 from blsam.training.loop import train
@@ -194,7 +195,6 @@ def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
     assert (live - cached).abs().max() < 1e-3, (live, cached)
 
     cache, teacher = EmbeddingCache(tmp_path / "cache"), sam_model_registry["vit_t"](TEACHER, image_size=128)
-    from blsam.data.sa1b import list_photos
     from blsam.data.views import Views, ViewSettings
 
     sample = Views(list_photos([photos]), ViewSettings(128, 8))[3]
@@ -230,6 +230,14 @@ def test_too_many_damaged_photos_stop_the_run(settings, tmp_path):
     with pytest.raises(ValueError, match=r"[12] of 8 photos are damaged, all in .*damaged.txt; first sa_[25]"):
         train(replace(settings, data=(folder,), steps=8, stage="encoder"))
     assert (settings.output / "damaged.txt").read_text().startswith("sa_")
+
+
+def test_a_damaged_photo_that_was_held_out_is_listed_too(settings, tmp_path):
+    folder = write_photos(tmp_path / "some", 8)
+    _, validation = choose_photos(list_photos([folder]), 1.0, 0.25, 0)
+    (folder / f"{validation[0].id}.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"1 of 8 photos are damaged, all in .*damaged.txt; first {validation[0].id}"):
+        train(replace(settings, data=(folder,), holdout=0.25, steps=1, log_every=1))
 
 
 def test_a_checkpoint_is_whole_or_not_there(settings, monkeypatch):

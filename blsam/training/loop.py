@@ -63,6 +63,7 @@ class Run:
     validation: list[TrainingPhoto]
     views: ViewSettings
     steps: int
+    damaged: Damaged
     progress: Progress = field(default_factory=Progress)
 
 
@@ -85,7 +86,6 @@ def loop(run: Run, stopped: list[int]) -> None:
     """Step after step until steps or minutes end it, with a last validation, or a signal does; then a checkpoint."""
     settings, progress = run.settings, run.progress
     samples = iter(training_loader(run))
-    damaged = Damaged(len(run.training), run.world, settings.output / "damaged.txt")
     rows = Rows(settings.batch_size, settings.device, run.world)
     total, quiet = run.steps if run.steps < ENDLESS else None, not (run.world.is_main and sys.stderr.isatty())
     if progress.step == 0:
@@ -98,7 +98,7 @@ def loop(run: Run, stopped: list[int]) -> None:
             done = progress.minutes / settings.minutes if settings.minutes else progress.step / run.steps
             if done >= 1 or stop:
                 break
-            one_step(run, samples, done, rows, damaged)
+            one_step(run, samples, done, rows)
             progress.step += 1
             bar.update()
             if progress.step % settings.log_every == 0:
@@ -106,7 +106,7 @@ def loop(run: Run, stopped: list[int]) -> None:
                 row = {"step": progress.step, "minutes": round(minutes, 3)}
                 row["lr"] = run.optimizer.param_groups[0]["lr"]
                 row |= rows.row(60 * (minutes - row_start)) | fusion_scalars(run.sam.image_encoder)
-                run.folder.log(row | {"damaged": damaged.check()})
+                run.folder.log(row | {"damaged": run.damaged.check()})
                 bar.set_postfix({name: row[name] for name in ("loss", "iou") if name in row})
                 row_start = minutes
             if progress.step % settings.validate_every == 0:  # before saving, which keeps what was best
@@ -115,13 +115,13 @@ def loop(run: Run, stopped: list[int]) -> None:
                 row_start += (time.monotonic() - paused) / 60  # not of the steps
             if progress.step % settings.save_every == 0:
                 save(run)
-    damaged.check()
     if not stop and progress.step % settings.validate_every:
         validate(run)
+    run.damaged.check()
     save(run)
 
 
-def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows, damaged: Damaged) -> None:
+def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows) -> None:
     """Gradients of a step's images, pass by pass, and the update; `done`: share of the run behind it."""
     settings, step = run.settings, run.progress.step
     keep = settings.keep_ratio[np.random.default_rng([settings.seed, 2, step]).integers(len(settings.keep_ratio))]
@@ -134,7 +134,7 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows,
     for i in range(settings.accumulate):
         with watch("data"):
             given = next(samples)
-        damaged.count(given)
+        run.damaged.count(given)
         with last_pass_only(run.model, i == settings.accumulate - 1):
             with autocast(settings):
                 with watch("teacher"):
@@ -186,6 +186,7 @@ def measure(run: Run) -> tuple[dict[str, float], list[np.ndarray]]:
     for start in range(0, n, each * run.world.size):  # every process makes every pass: FSDP waits for all
         mine = [i for i in range(start + run.world.rank * each, start + (run.world.rank + 1) * each) if i < n]
         given = [held_out[i] for i in mine or [0]]
+        run.damaged.count(given)
         with autocast(settings):
             batch = to_batch(given, run.sam, settings.device, run.teacher)
             measured = run.model(batch, settings.keep_ratio[0], measure=True)
@@ -256,7 +257,10 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
         steps = math.ceil(settings.epochs * len(training) / settings.batch_size)
     folder = RunFolder(settings.output, processes)
     optimizer, ema = optimizer_of(model, settings.lr), Average(model)
-    run = Run(settings, processes, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps)
+    damaged = Damaged(len(training) + len(validation), processes, settings.output / "damaged.txt")
+    run = Run(
+        settings, processes, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps, damaged
+    )
     if settings.resume:
         folder.check_same(settings, ids)
         if facts := folder.restore(model, optimizer, ema.averaged):
