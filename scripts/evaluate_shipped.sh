@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every evaluation figure of the README, measured again and compared with what is committed.
 #
-#     BLSAM_DATA=DATA scripts/evaluate_shipped.sh [NAME...]      # about 10 minutes on two cores
+#     BLSAM_DATA=DATA scripts/evaluate_shipped.sh [NAME...]      # about 12 minutes on two cores
 #     UPDATE=1 scripts/evaluate_shipped.sh [NAME...]             # make the measured figures the expected ones
 #
 # DATA holds coco/instances_val2017.json, coco/val2017/, lvis/lvis_v0.5_val.json and lvis/val2017/.
@@ -37,6 +37,9 @@ evaluate coco_box_dense_single eval_coco --model vit_t "${coco[@]}" --single-mas
 evaluate coco_box_no_extents eval_coco --model blsam_vit_t "${coco[@]}" --predictor segment_anything
 evaluate coco_1_point eval_coco --model blsam_vit_t "${coco[@]}" --prompt point
 evaluate coco_1_center eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --point-sampling center
+evaluate coco_1_center_single eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --point-sampling center --single-mask
+evaluate coco_1_center_dense eval_coco --model vit_t "${coco[@]}" --prompt point --point-sampling center
+evaluate coco_1_center_dense_single eval_coco --model vit_t "${coco[@]}" --prompt point --point-sampling center --single-mask
 evaluate coco_3_points eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --num-points 3
 evaluate coco_3_clicks eval_coco --model blsam_vit_t "${coco[@]}" --prompt point --num-points 3 --protocol sam
 evaluate coco_zero_shot eval_zero_shot --model blsam_vit_t --dataset coco --boxes gt "${coco[@]}"

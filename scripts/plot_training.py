@@ -2,7 +2,7 @@
 """The curves of one training run, or of several that followed one another: losses, and what validation measured.
 
 python scripts/plot_training.py runs/mine/metrics.jsonl
-python scripts/plot_training.py checkpoints/metrics/vit_t_*.jsonl -o docs/vit_t_training.png
+python scripts/plot_training.py checkpoints/metrics/*.jsonl -o docs/vit_t_training.png
 """
 
 import argparse
