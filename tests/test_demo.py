@@ -132,7 +132,7 @@ def test_everything_of_a_large_photo_is_at_its_own_size(client, shared, tmp_path
     path.write_bytes(client.post(f"/api/photos/{id}/export/everything.json", json={"keep_ratio": 1}).content)
     coco = COCO(path)
     annotations = coco.loadAnns(coco.getAnnIds())
-    assert len(annotations) == found["count"] > 5
+    assert len(annotations) == found["count"] >= 3
     for annotation in annotations:
         mask = coco.annToMask(annotation)
         assert mask.shape == (1600, 1600) and mask.sum() == annotation["area"] > 0
