@@ -122,7 +122,7 @@ def test_a_turned_photo_is_segmented_upright(client):
 
 
 def test_everything_of_a_large_photo_is_at_its_own_size(client, shared, tmp_path, monkeypatch):
-    monkeypatch.setitem(segmenter.EVERYTHING, "points_per_side", 8)
+    monkeypatch.setitem(segmenter.EVERYTHING, "points_per_side", 12)
     large = np.asarray(Image.fromarray(data.astronaut()).resize((1600, 1600)))
     id = upload(client, file_of(large))
     found = client.post(f"/api/photos/{id}/everything", json={"keep_ratio": 1}).json()
@@ -132,7 +132,7 @@ def test_everything_of_a_large_photo_is_at_its_own_size(client, shared, tmp_path
     path.write_bytes(client.post(f"/api/photos/{id}/export/everything.json", json={"keep_ratio": 1}).content)
     coco = COCO(path)
     annotations = coco.loadAnns(coco.getAnnIds())
-    assert len(annotations) == found["count"] >= 3
+    assert len(annotations) == found["count"] > 5
     for annotation in annotations:
         mask = coco.annToMask(annotation)
         assert mask.shape == (1600, 1600) and mask.sum() == annotation["area"] > 0

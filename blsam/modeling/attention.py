@@ -15,6 +15,7 @@ the CPU.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,8 @@ class Attention(nn.Module):
         height, width = (window, window) if window else grid
         self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, inner // heads))
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, inner // heads))
+        self.register_buffer("offsets_h", offsets(height), persistent=False)
+        self.register_buffer("offsets_w", offsets(width), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
         """x [B, H, W, dim], normalised -> [P, dim], one row for each of the P queries; None: all tokens, in order."""
@@ -54,7 +57,7 @@ class Attention(nn.Module):
             return self.proj(self._all(self.qkv(rows).view(b, height, width, -1)))
         wq, wkv = self.qkv.weight.split([self.inner, 2 * self.inner])
         bq, bkv = self.qkv.bias.split([self.inner, 2 * self.inner])
-        chosen = rows[queries.tokens]
+        chosen = rows.index_select(0, queries.tokens)
         q = F.linear(chosen, wq, bq)
         kv = F.linear(rows if self.semi_cross else chosen, wkv, bkv)
         return self.proj(self._chosen(q, kv, queries, (b, height, width)))
@@ -65,12 +68,12 @@ class Attention(nn.Module):
         qkv = qkv.view(b, height, width, 3, self.heads, -1)
         size = (self.window, self.window) if self.window else (height, width)
         core = _Core(qkv, size)
-        keys = self._keys(core, qkv[..., 1:, :, :])
+        keys, tables = self._keys(core, qkv[..., 1:, :, :]), self._tables(core.scale, qkv.dtype)
         out = qkv.new_empty(b, height, width, self.heads, qkv.shape[-1])
         for region in regions(height, width, self.window):
             q = region.windows(qkv[..., 0, :, :])  # [B, H, W, heads, d] -> [B, nH, nW, heads, h, w, d]
-            rel = self._grid_rel_pos(q, region.shape, size, core.scale)
-            y = core(q, rel, [k[:, region.numbers] for k in keys])  # [B*nW, heads, h*w, d]
+            rel = grid_rel_pos(q, *(table[:length] for table, length in zip(tables, region.shape)))
+            y = core(q, rel, keys[:, :, region.numbers])  # [B*nW, heads, h*w, d]
             y = y.unflatten(2, region.shape).unflatten(0, q.shape[:3])
             region.windows(out).copy_(y)
         return out.view(b * height * width, -1)
@@ -83,6 +86,7 @@ class Attention(nn.Module):
         size = (self.window, self.window) if self.window else (height, width)
         core = _Core(q.view(len(q), self.heads, self.inner // self.heads), size)
         keys = self._keys(core, kv.view(b, height, width, 2, self.heads, -1)) if self.semi_cross else None
+        tables = self._tables(core.scale if self.semi_cross else 1.0, q.dtype)
         out, start = [], 0
         for part in queries.parts:
             images = b if part.images is None else part.images.numel()
@@ -90,7 +94,7 @@ class Attention(nn.Module):
             done = [q.new_empty(images, 0, self.inner)]
             for group in part.groups:
                 cut = _Cut(slice(start, stop), images, slice(first, first + group.num_windows * group.count), group)
-                heads = self._group(core, cut, q, kv, keys, part, queries)  # [b*G, heads, k, d]
+                heads = self._group(core, cut, q, kv, keys, tables, part, queries)  # [b*G, heads, k, d]
                 done.append(heads.transpose(1, 2).reshape(images, -1, self.inner))  # -> [b, G*k, inner]
                 first = cut.columns.stop
             out.append(torch.cat(done, dim=1).view(-1, self.inner))
@@ -103,54 +107,48 @@ class Attention(nn.Module):
         cut: _Cut,
         q: torch.Tensor,
         kv: torch.Tensor,
-        keys: list[torch.Tensor] | None,
+        keys: torch.Tensor | None,
+        tables: list[torch.Tensor],
         part: Part,
         queries: Queries,
     ) -> torch.Tensor:
         """Attention of one group of windows: [b*G, heads, k, d]."""
         q = cut(q).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [b*G, k, inner] -> [b*G, heads, k, d]
         y, x = cut(queries.y), cut(queries.x)
-        tables = ((self.rel_pos_h, y, core.size[0]), (self.rel_pos_w, x, core.size[1]))
+        rel = [rel_pos(q, table, places) for table, places in zip(tables, (y, x))]
         if keys is not None:  # all tokens of the window answer
-            rel = [rel_pos(q, table * core.scale, places, n) for table, places, n in tables]
-            keys = keys if part.images is None else [k[part.images] for k in keys]
-            return core(q, rel, keys if cut.group.windows is None else [k[:, cut.group.windows] for k in keys])
+            keys = keys if part.images is None else keys[:, part.images]
+            return core(q, rel, keys if cut.group.windows is None else keys[:, :, cut.group.windows])
         k, v = cut(kv).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # -> [2, b*G, heads, k, d]
-        rel_h, rel_w = (rel_pos(q, table, places, n) for table, places, n in tables)
-        bias = at(rel_h, y) + at(rel_w, x)
+        bias = at(rel[0], y) + at(rel[1], x)
         if queries.live is not None:
             bias = bias.masked_fill(cut(queries.live)[:, None, None, :] == 0, torch.finfo(bias.dtype).min)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
-    def _keys(self, core: _Core, kv: torch.Tensor) -> list[torch.Tensor]:
-        """Keys and values of every window: [B, H, W, 2, heads, d] -> 2 x [B, nW, heads, w*w, D].
+    def _keys(self, core: _Core, kv: torch.Tensor) -> torch.Tensor:
+        """Keys and values of every window: [B, H, W, 2, heads, d] -> [2, B, nW, heads, w*w, D].
 
         Region after region; partial windows are filled up with the projections' bias.
         """
         b, height, width, _, heads, d = kv.shape
         places = regions(height, width, self.window)
-        buffers = [core.empty(b, places[-1].numbers.stop, heads, fill) for fill in (core.positions, None)]
-        bias = self.qkv.bias[self.inner :].to(kv.dtype).view(2, heads, 1, 1, d)
+        buffer = core.empty(b, places[-1].numbers.stop, heads)
+        bias = self.qkv.bias[self.inner :].to(kv.dtype).view(2, 1, 1, 1, heads, 1, 1, d)
         for region in places:
             h, w = region.shape
-            for i, buffer in enumerate(buffers):
-                into = buffer[:, region.numbers].unflatten(1, region.count)[..., :d]  # [B, nH, nW, heads, w, w, d]
-                if region.shape != core.size:
-                    into[..., h:, :, :] = bias[i]
-                    into[..., :h, w:, :] = bias[i]
-                into[..., :h, :w, :] = region.windows(kv[..., i, :, :])
-        return [buffer.flatten(3, 4) for buffer in buffers]
+            into = buffer[:, :, region.numbers].unflatten(2, region.count)[..., :d]  # [2, B, nH, nW, heads, w, w, d]
+            if region.shape != core.size:
+                into[..., h:, :, :] = bias
+                into[..., :h, w:, :] = bias
+            both = region.windows(kv.flatten(3, 4)).unflatten(3, (2, heads))  # -> [B, nH, nW, 2, heads, h, w, d]
+            into[..., :h, :w, :] = both.movedim(3, 0)
+        return buffer.flatten(4, 5)
 
-    def _grid_rel_pos(
-        self, q: torch.Tensor, shape: tuple[int, int], size: tuple[int, int], scale: float
-    ) -> list[torch.Tensor]:
-        """Position logits, times `scale`, of queries that are whole windows of `shape`, in windows of `size`.
-
-        q [..., h, w, d] -> [..., h, w, size_h] and [..., h, w, size_w]. One row of a table serves a row of queries.
-        """
-        down = (self.rel_pos_h * scale)[offsets(torch.arange(shape[0], device=q.device), size[0])].to(q.dtype)
-        across = (self.rel_pos_w * scale)[offsets(torch.arange(shape[1], device=q.device), size[1])].to(q.dtype)
-        return [torch.einsum("...yxd,ykd->...yxk", q, down), torch.einsum("...yxd,xkd->...yxk", q, across)]
+    def _tables(self, scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What a query at each place of an axis meets at each place of a key, times `scale`: 2 x [size, size, d]."""
+        pairs = ((self.rel_pos_h, self.offsets_h), (self.rel_pos_w, self.offsets_w))
+        # F.embedding is table[offsets], on a CPU several times faster
+        return [F.embedding(rows, (table * scale).to(dtype)) for table, rows in pairs]
 
 
 @dataclass(frozen=True)
@@ -184,22 +182,22 @@ class _Core:
         self.scale = d**0.5 if self.folded else 1.0
         self.positions = one_hot_positions(size, d, like) if self.folded else None
 
-    def empty(self, batch: int, windows: int, heads: int, extra: torch.Tensor | None) -> torch.Tensor:
-        """A buffer [B, nW, heads, h, w, D] for keys or values, its channels beyond d filled with `extra` or zeros."""
+    def empty(self, batch: int, windows: int, heads: int) -> torch.Tensor:
+        """A buffer [2, B, nW, heads, h, w, D] for keys and values, with what they hold beyond d channels filled in."""
         d = self.like.shape[-1]
         width = d if self.positions is None else d + self.positions.shape[-1]
-        buffer = self.like.new_empty(batch, windows, heads, *self.size, width)
-        if width > d:
-            buffer[..., d:] = 0 if extra is None else extra
+        buffer = self.like.new_empty(2, batch, windows, heads, *self.size, width)
+        if self.positions is not None:
+            buffer[0, ..., d:], buffer[1, ..., d:] = self.positions, 0
         return buffer
 
-    def __call__(self, q: torch.Tensor, rel: list[torch.Tensor], keys: list[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, q: torch.Tensor, rel: list[torch.Tensor], keys: torch.Tensor) -> torch.Tensor:
         """q [..., heads, n or (h, w), d], its position logits [..., size_h] and [..., size_w] -> [G, heads, n, d].
 
-        Keys and values [B, nW, heads, h*w, D] in buffers made by `empty`.
+        Keys and values [2, B, nW, heads, h*w, D] in a buffer made by `empty`.
         """
         d, heads = q.shape[-1], self.like.shape[-2]
-        k, v = (key.flatten(0, -4) for key in keys)  # [G, heads, h*w, D]
+        k, v = keys.flatten(1, 2)  # [G, heads, h*w, D]
         if self.folded:
             rest = k.shape[-1] - d - sum(self.size)
             folded = torch.cat([q, *rel, q.new_zeros(()).expand(*q.shape[:-1], rest)], dim=-1)
@@ -226,34 +224,51 @@ def blocked_attention(
 ) -> torch.Tensor:
     """q [G, n, d], k and v [G, h*w, d], rel_h [G, n, h], rel_w [G, n, w] -> [G, n, d]; without gradients.
 
-    `BLOCK` logits at a time: product, positions, softmax and product all find them in the cache.
+    `BLOCK` logits at a time, in the same memory: product, positions, softmax and product all find them in the cache.
     """
     (groups, n, d), keys = q.shape, k.shape[1]
     rows = min(n, max(1, BLOCK // keys))
-    batch = max(1, BLOCK // (rows * keys))
+    batch = min(groups, max(1, BLOCK // (rows * keys)))
     k, out, none = k.transpose(1, 2), torch.empty_like(q), q.new_zeros(())
+    memory = q.new_empty(batch * rows * keys)
     for i in range(0, groups, batch):
         for j in range(0, n, rows):
             here = (slice(i, i + batch), slice(j, j + rows))
-            logits = torch.baddbmm(none, q[here], k[i : i + batch], beta=0, alpha=d**-0.5)
+            shape = (*q[here].shape[:2], keys)
+            logits = memory[: math.prod(shape)].view(shape)
+            torch.baddbmm(none, q[here], k[i : i + batch], beta=0, alpha=d**-0.5, out=logits)
             grid = logits.unflatten(-1, (rel_h.shape[-1], rel_w.shape[-1]))
             grid += rel_h[here][..., None]
             grid += rel_w[here][..., None, :]
-            out[here] = torch.bmm(logits.softmax(-1), v[i : i + batch])
+            torch.softmax(logits, -1, out=logits)  # each row is read before it is written
+            out[here] = torch.bmm(logits, v[i : i + batch])
     return out
 
 
 # --- relative positions ----------------------------------------------------------------------------------------------
 
 
-def offsets(positions: torch.Tensor, size: int) -> torch.Tensor:
-    """Rows of a relative position table [2 * size - 1, d]: [...] places of queries -> [..., size], one for each key."""
-    return positions[..., None] - torch.arange(size, device=positions.device) + size - 1
+def offsets(size: int) -> torch.Tensor:
+    """Rows of a relative position table [2 * size - 1, d]: [size, size], places of queries by places of keys."""
+    places = torch.arange(size)
+    return places[:, None] - places + size - 1
 
 
-def rel_pos(q: torch.Tensor, table: torch.Tensor, positions: torch.Tensor, size: int) -> torch.Tensor:
-    """Position logits along one axis of queries anywhere: q [G, heads, k, d], positions [G, k] -> [G, heads, k, size]."""
-    return torch.einsum("gnqd,gqkd->gnqk", q, table.to(q.dtype)[offsets(positions, size)])
+def grid_rel_pos(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> list[torch.Tensor]:
+    """Position logits of queries that are whole windows: q [..., h, w, d] -> [..., h, w, size_h], [..., h, w, size_w].
+
+    down [h, size_h, d], across [w, size_w, d]: what the queries of a row and of a column meet.
+    """
+    return [torch.einsum("...yxd,ykd->...yxk", q, down), torch.einsum("...yxd,xkd->...yxk", q, across)]
+
+
+def rel_pos(q: torch.Tensor, table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Position logits along one axis of queries anywhere: q [G, heads, k, d], places [G, k] -> [G, heads, k, size].
+
+    table [size, size, d]: what a query at each place of the axis meets.
+    """
+    met = F.embedding(places, table.flatten(1)).unflatten(-1, table.shape[1:])  # [G, k, size, d]
+    return torch.einsum("gnqd,gqkd->gnqk", q, met)
 
 
 def at(rel: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
