@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["blsam", "blsam.*"]),
     package_data={"blsam.demo": ["static/*"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.7",
         "torchvision",
         "numpy",
         "segment-anything>=1.0",

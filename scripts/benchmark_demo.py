@@ -17,6 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,23 @@ CLICK = """async ([x, y]) => {
   await new Promise(requestAnimationFrame);
   return (performance.now() - start) / 1e3;
 }"""
+
+
+@contextmanager
+def served(model: str, keep_ratio: float) -> Iterator[str]:
+    """The page in a process of its own: HOST:PORT."""
+    command = [sys.executable, "-m", "blsam.cli", "demo", "--port", "0", "--model", model]
+    server = subprocess.Popen(
+        [*command, "--keep-ratio", str(keep_ratio)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    try:
+        found = re.match(r"http://(\S+)", server.stdout.readline())
+        if not found:
+            raise ValueError("the server did not start: see above")
+        yield found[1]
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def over_http(host: str, photo: bytes, clicks: np.ndarray, keep_ratio: float) -> dict[str, list[float]]:
@@ -94,20 +113,10 @@ def main() -> int:
     width, height = Image.open(io.BytesIO(photo)).size
     clicks = np.random.default_rng(0).uniform((0, 0), (width, height), (args.clicks + WARM_UP, 2)).round(1)
 
-    command = [sys.executable, "-m", "blsam.cli", "demo", "--port", "0", "--model", args.model]
-    server = subprocess.Popen(
-        [*command, "--keep-ratio", str(args.keep_ratio)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    try:
-        found = re.match(r"http://(\S+)", server.stdout.readline())
-        if not found:
-            raise ValueError("the server did not start: see above")
-        rows = over_http(found[1], photo, clicks, args.keep_ratio)
+    with served(args.model, args.keep_ratio) as host:
+        rows = over_http(host, photo, clicks, args.keep_ratio)
         if args.chromium:
-            rows["browser, click to frame"] = in_browser(found[1], photo, clicks, args.chromium)
-    finally:
-        server.terminate()
-        server.wait()
+            rows["browser, click to frame"] = in_browser(host, photo, clicks, args.chromium)
     print(f"{args.model}, {width} x {height}, {args.clicks} clicks; ms")
     print(f"{'':<26}{'median':>8}{'p95':>8}")
     for name, seconds in rows.items():

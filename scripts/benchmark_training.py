@@ -21,11 +21,12 @@ from pathlib import Path
 from blsam.evaluation.commands import run_script
 from blsam.evaluation.report import provenance
 from blsam.training.loop import one_step, set_up, training_loader
-from blsam.training.metrics import Damaged, Rows
+from blsam.training.metrics import Rows
 from blsam.training.parallel import World
 from blsam.training.settings import TrainSettings, build_parser, parse_settings
 
 PARTS = ("data", "teacher", "student", "decoder", "decoder_backward", "student_backward", "optimiser")
+DATA_STEPS = 20  # of the data alone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,22 +56,21 @@ def main(argv: list[str] | None = None) -> int:
 def measure(settings: TrainSettings) -> dict[str, float | str]:
     """One row: the settings that matter, seconds a step by part, images a second of the step and of the data alone."""
     run = set_up(settings, World())
-    damaged = Damaged(len(run.training), run.world, settings.output / "damaged.txt")
     rows = Rows(settings.batch_size, settings.device, run.world)
     samples = iter(training_loader(run))
-    one_step(run, samples, 0.0, rows, damaged)
+    one_step(run, samples, 0.0, rows)
     rows = Rows(settings.batch_size, settings.device, run.world)
     start = time.perf_counter()
     for step in range(1, run.steps):
         run.progress.step = step
-        one_step(run, samples, 0.0, rows, damaged)
+        one_step(run, samples, 0.0, rows)
     row = rows.row(time.perf_counter() - start)
 
-    run.progress.step, run.steps = 0, 40
+    run.progress.step, run.steps = 0, 2 * DATA_STEPS
     loader = iter(training_loader(run))
     next(loader)  # the workers are up
     start = time.perf_counter()
-    seen = sum(len(batch) for batch in islice(loader, 20))
+    seen = sum(len(batch) for batch in islice(loader, DATA_STEPS))
     row["data_images_per_second"] = round(seen / (time.perf_counter() - start), 1)
     names = ("model", "image_size", "batch_size", "precision", "checkpointing", "stage", "train", "workers")
     names += ("mask_loss", "accumulate", "compile")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import benchmark_training
 import numpy as np
 import plot_training
 import pytest
@@ -135,6 +136,17 @@ def test_a_study_of_training_measures_a_variant_once(photos, weights, tmp_path, 
     assert [row["variant"] for row in rows] == ["student", "no E-block", "random routing"]
     assert all(len(row["photos"]["box"]) == len(row["objects"]) == 3 for row in rows)
     assert "(student" in capsys.readouterr().out and (tmp_path / "a.png").is_file()
+
+
+def test_a_training_step_is_timed_by_part(photos, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_training, "DATA_STEPS", 2)
+    command = ["--model", "blsam_vit_t", "--init", str(weights["blsam_vit_t"]), "--teacher", "vit_t"]
+    command += ["--teacher-checkpoint", str(weights["vit_t"]), "--data", str(photos[0]), "--image-size", "64"]
+    command += ["--holdout", "0", "--batch-size", "2", "--steps", "2", "--json", str(tmp_path / "steps.jsonl")]
+    assert benchmark_training.main(command) == 0
+    row = json.loads((tmp_path / "steps.jsonl").read_text())
+    assert all(row[f"s_{part}"] > 0 for part in benchmark_training.PARTS) and row["data_images_per_second"] > 0
+    assert "data alone" in capsys.readouterr().out
 
 
 def test_runs_that_follow_one_another_share_a_clock(tmp_path):

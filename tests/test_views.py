@@ -119,11 +119,6 @@ def test_a_stream_goes_on_where_it_was(tars, workers):
     assert read(6, 3) == read(0, 6)[6:]
 
 
-def test_readers_need_tars(tars):
-    with pytest.raises(ValueError, match="6 readers .* need as many tars, there are 4"):
-        _stream(tars, world=2).readers_fit(3)
-
-
 def test_damaged_photos_are_black_and_named(photos, tmp_path):
     folder = write_photos(tmp_path / "some", 5)
     (folder / "sa_0.jpg").write_bytes((folder / "sa_0.jpg").read_bytes()[:2000])

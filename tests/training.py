@@ -1,4 +1,4 @@
-"""Photos to train on, for the tests of data and training."""
+"""Photos to train on and what runs logged, for the tests of data and training."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from pycocotools import mask as rle_tools
 from skimage import data
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER, STUDENT = (ROOT / "checkpoints" / f"{name}.safetensors" for name in ("vit_t", "blsam_vit_t"))
+
+
+def rows(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(folder: Path, name: str) -> torch.Tensor:
+    """One value of every line that has it."""
+    return torch.tensor([row[name] for row in rows(folder) if name in row])
 
 
 def write_photos(folder: Path, count: int = 3) -> Path:

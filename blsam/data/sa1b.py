@@ -177,7 +177,8 @@ def choose_photos(
         tars: dict[Path, list[int]] = {}
         for i in order:
             tars.setdefault(photos[i].tar, []).append(i)
-        order = [i for number in rng.permutation(len(tars)) for i in tars[sorted(tars)[number]]]
+        names = sorted(tars)
+        order = [i for number in rng.permutation(len(tars)) for i in tars[names[number]]]
     order = order[: max(1, round(fraction * len(photos)))]
     count = min(round(holdout * len(order)), len(order) if most is None else most)
     if count == len(order):

@@ -199,12 +199,6 @@ class TarViews(IterableDataset):
         for photo in photos:
             self.ids.setdefault(str(photo.tar), set()).add(photo.id)
 
-    def readers_fit(self, workers: int) -> None:
-        """ValueError unless there is a tar for every reader."""
-        readers = self.world * max(1, workers)
-        if readers > len(self.ids):
-            raise ValueError(f"{readers} readers (processes x workers) need as many tars, there are {len(self.ids)}")
-
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)

@@ -7,7 +7,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -45,6 +45,7 @@ class Progress:
     step: int = 0
     minutes: float = 0.0
     best: float = -math.inf
+    validated: int = -1  # the step of the last validation
 
 
 @dataclass
@@ -88,7 +89,7 @@ def loop(run: Run, stopped: list[int]) -> None:
     samples = iter(training_loader(run))
     rows = Rows(settings.batch_size, settings.device, run.world)
     total, quiet = run.steps if run.steps < ENDLESS else None, not (run.world.is_main and sys.stderr.isatty())
-    if progress.step == 0:
+    if progress.step == 0 and progress.validated < 0:
         validate(run)
     with tqdm(total=total, initial=progress.step, unit="step", disable=quiet) as bar:
         start = time.monotonic() - 60 * progress.minutes
@@ -115,10 +116,10 @@ def loop(run: Run, stopped: list[int]) -> None:
                 row_start += (time.monotonic() - paused) / 60  # not of the steps
             if progress.step % settings.save_every == 0:
                 save(run)
-    if not stop and progress.step % settings.validate_every:
+    if not stop and progress.validated < progress.step:
         validate(run)
-    run.damaged.check()
     save(run)
+    run.damaged.check()
 
 
 def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows) -> None:
@@ -163,6 +164,7 @@ def validate(run: Run) -> None:
         if prime and run.world.is_main:
             row["prime_jaccard"] = round(jaccard(prime, _prime_at_start(run, prime)), 4)
         run.folder.log({"step": run.progress.step} | row)
+        run.progress.validated = run.progress.step
         score = found.get("val_box" if run.settings.supervised else "val_cosine")
         if score is None:
             raise ValueError("no photo held out has an object to validate on; --holdout 0 goes without")
@@ -232,6 +234,10 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     cache = EmbeddingCache(settings.cache) if settings.cache else None
     photos = list_photos(settings.data, settings.images)
     training, validation = choose_photos(photos, settings.fraction, settings.holdout, 0, MOST_VALIDATED)
+    streamed = check_streamed(training, processes.size * max(1, settings.workers))
+    if settings.holdout and not validation and processes.is_main:
+        text = f"no photo of {len(training)} is held out: no best.safetensors without a larger --holdout"
+        tqdm.write(text, file=sys.stderr)
     ids = {"photos.txt": [photo.id for photo in training], "validation.txt": [photo.id for photo in validation]}
     # the cache's views were drawn until an object was in them, so ours must be
     objects = settings.max_objects if settings.supervised else int(cache is not None)
@@ -262,7 +268,7 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
         settings, processes, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps, damaged
     )
     if settings.resume:
-        folder.check_same(settings, ids)
+        folder.check_same(settings, ids, streamed)
         if facts := folder.restore(model, optimizer, ema.averaged):
             run.progress = Progress(**facts)
             ema.seen = run.progress.step
@@ -271,6 +277,20 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
         folder.write_ids(name, found)
     folder.write_config(settings.as_json() | {"photos": len(training), "validated on": len(validation)})
     return run
+
+
+def check_streamed(photos: Sequence[TrainingPhoto], readers: int) -> bool:
+    """Whether the photos are read from tars; ValueError or ImportError if so many readers could not."""
+    tars = {photo.tar for photo in photos if isinstance(photo, TarPhoto)}
+    if not tars:
+        return False
+    if not all(isinstance(photo, TarPhoto) for photo in photos):
+        raise ValueError("tars are streamed, other photos are not: --data takes the one or the other")
+    if importlib.util.find_spec("webdataset") is None:
+        raise ImportError("tars need webdataset: pip install -e '.[train]'")
+    if readers > len(tars):
+        raise ValueError(f"{readers} readers (processes x workers) need as many tars, there are {len(tars)}")
+    return True
 
 
 def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple[Sam, nn.Module | None]:
@@ -301,15 +321,9 @@ def training_loader(run: Run) -> DataLoader:
     settings, rank, size = run.settings, run.world.rank, run.world.size
     first, passes = run.progress.step, settings.accumulate
     common = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": _outlive_signals}
-    streamed = [isinstance(photo, TarPhoto) for photo in run.training]
-    if any(streamed):
-        if not all(streamed):
-            raise ValueError("tars are streamed, other photos are not: --data takes the one or the other")
-        if importlib.util.find_spec("webdataset") is None:
-            raise ImportError("tars need webdataset: pip install -e '.[train]'")
+    if isinstance(run.training[0], TarPhoto):
         each = settings.batch_size // (passes * size)
         views = TarViews(run.training, run.views, rank, size, each, skip=first * passes * each)
-        views.readers_fit(settings.workers)
         return DataLoader(views, each, **common)
     order = batches(first, run.steps, settings.batch_size, passes, rank, size)
     return DataLoader(Views(run.training, run.views), batch_sampler=order, **common)

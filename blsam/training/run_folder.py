@@ -54,11 +54,20 @@ class RunFolder:
             kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
             ckpt.write_atomically(path, lambda temporary: Path(temporary).write_text(kept))
 
-    def check_same(self, settings: TrainSettings, ids: dict[str, list[str]]) -> None:
-        """ValueError unless the run that the folder holds was begun with these settings and these photos."""
+    def check_same(self, settings: TrainSettings, ids: dict[str, list[str]], streamed: bool) -> None:
+        """ValueError unless the run that the folder holds was begun with these settings and these photos; streamed ones
+        with as many readers, too, or it could not go on where it was."""
         config = self.path / "config.json"
         if config.is_file():
-            settings.check_same(json.loads(config.read_text()))
+            stored = json.loads(config.read_text())
+            settings.check_same(stored)
+            begun = (stored["processes"], max(1, stored["workers"]))
+            now = (self.world.size, max(1, settings.workers))
+            if streamed and begun != now:
+                raise ValueError(
+                    f"{self.path} reads tars with {begun[0]} processes x {begun[1]} workers, this command has "
+                    f"{now[0]} x {now[1]}"
+                )
             for name, found in ids.items():
                 if (self.path / name).read_text().splitlines() != found:
                     raise ValueError(f"{self.path / name} names other photos than this command's --data")
@@ -101,7 +110,9 @@ class RunFolder:
         state["ema"] = ema
         folder = self.path / "checkpoints"
         whole, part = folder / f"step-{step}", folder / ".unfinished"
-        if self.world.agree(whole.is_dir())[0]:  # nothing has changed since
+        if self.world.agree(whole.is_dir())[0]:  # weights are as they were; what validation found may be new
+            if self.world.is_main:
+                write_json(whole / "facts.json", {"step": step, **facts})
             return
         if self.world.is_main:
             shutil.rmtree(part, ignore_errors=True)
@@ -111,7 +122,7 @@ class RunFolder:
             dcp.save(state, checkpoint_id=str(part), no_dist=self.world.size == 1)
         self.world.barrier()
         if self.world.is_main:
-            (part / "facts.json").write_text(json.dumps({"step": step, **facts}))
+            write_json(part / "facts.json", {"step": step, **facts})
             os.replace(part, whole)
             for old in folder.glob("step-*"):
                 if old != whole:
@@ -157,7 +168,7 @@ def _plainly(what: str) -> Iterator[None]:
             yield
         except dcp.api.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            raise OSError(f"{what} ({str(cause).splitlines()[0]})") from None
+            raise OSError(f"{what} ({(str(cause) or repr(cause)).splitlines()[0]})") from None
 
 
 def _tensorboard(folder: Path) -> Any:

@@ -95,7 +95,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--stage", choices=("all", "encoder"), help="encoder: L_fd alone, with the teacher's decoder")
     add("--train", choices=("all", "decoder"), help="decoder: the image encoder stays as it is")
     add("--image-size", type=int)
-    add("--keep-ratio", type=_ratios, metavar="R[,R...]", help="each step draws one of them")
+    add(
+        "--keep-ratio",
+        type=_ratios,
+        metavar="R[,R...]",
+        help="each step draws one of them; validation takes the first",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="SA-1B: folders of NAME.jpg + NAME.json or"
@@ -188,7 +193,7 @@ def launcher() -> str:
 def begun_by(folder: Path) -> str | None:
     """The launcher of the run in a folder; None where there is none."""
     path = folder / "config.json"
-    return json.loads(path.read_text())["launcher"] if path.is_file() else None
+    return json.loads(path.read_text()).get("launcher") if path.is_file() else None
 
 
 def _ratios(text: str) -> tuple[float, ...]:
