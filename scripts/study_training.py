@@ -50,7 +50,7 @@ VARIANTS = {
     STUDENT: Variant(),
     "no distillation": Variant(distill_weight=0),
     "zero start": Variant(calibrated=False),
-    "zero start, no distillation": Variant(calibrated=False, distill_weight=0),
+    "zero start without distillation": Variant(calibrated=False, distill_weight=0),
     "random routing": Variant(model={"score": "random"}),
     "routing by token norm": Variant(model={"score": "norm"}),
     "keys from prime tokens only": Variant(model={"semi_cross": False}),
