@@ -165,7 +165,8 @@ def curve(
     for row in routed:
         if row not in inside:
             axis.plot(row[x], row[prompt], "o", color=colour, mfc="none")
-        axis.annotate(f"{row['keep_ratio']:g}", (row[x], row[prompt]), xytext=(0, 6 if colour == "C0" else -12), textcoords="offset points",
+        above = 6 if colour == "C0" else -12  # two curves share a panel
+        axis.annotate(f"{row['keep_ratio']:g}", (row[x], row[prompt]), xytext=(0, above), textcoords="offset points",
                       fontsize=7, ha="center")  # fmt: skip
     axis.plot(dense[x], dense[prompt], "*", ms=11, color=colour, label=f"{dense['model']}, dense" if label else None)
 
