@@ -43,7 +43,7 @@ def _same_way(one, other):
     began, a, b = (read(path)[0] for path in (STUDENT, *(run / "model.safetensors" for run in (one, other))))
     assert a.keys() == b.keys()
     same_shape = [k for k in a if a[k].shape == began[k].shape]
-    a, b = (torch.cat([(state[k].float() - began[k].float()).flatten() for k in same_shape]) for state in (a, b))
+    a, b = (torch.cat([(state[k].double() - began[k].double()).flatten() for k in same_shape]) for state in (a, b))
     return torch.cosine_similarity(a, b, dim=0).item()
 
 
