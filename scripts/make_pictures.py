@@ -10,34 +10,23 @@ import argparse
 import io
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from benchmark_demo import served
 from PIL import Image
 from skimage import data
+from visualize_routing import draw
 
 from blsam import SamPredictor, sam_model_registry
 from blsam.checkpoint import write_atomically
 from blsam.cli import DEFAULT_MODEL, find_checkpoint
-from blsam.cli import main as blsam
+from blsam.cli import main as command_line
 from blsam.evaluation.commands import run_script
-from blsam.visualize import routing_figure
 
 KEEP_RATIO, BOX = 0.25, (160, 10, 400, 245)
 READY = "document.getElementById('status').textContent.includes('ready')"
 MASKS = "document.getElementById('status').textContent.includes('Three candidates')"
-SLIDE = "document.getElementById('keep').value"
-
-
-def draw_routing(image: np.ndarray, path: Path) -> None:
-    sam = sam_model_registry[DEFAULT_MODEL](find_checkpoint(DEFAULT_MODEL, None), keep_ratio=KEEP_RATIO)
-    predictor = SamPredictor(sam)
-    predictor.set_image(image)
-    layers = sam.image_encoder.config.predictor_layers
-    figure = routing_figure(image, predictor.routing, predictor.input_size, layers)
-    write_atomically(path, partial(figure.savefig, dpi=110))
 
 
 def photograph_page(image: np.ndarray, path: Path, chromium: str) -> None:
@@ -56,7 +45,6 @@ def photograph_page(image: np.ndarray, path: Path, chromium: str) -> None:
         page.wait_for_function(READY)
         for keep in (0.1, 0.5, 1.0, KEEP_RATIO):
             page.evaluate("keep => window.blsam.setKeep(keep)", keep)
-        page.evaluate(f"{SLIDE} = '{KEEP_RATIO}'; document.getElementById('keep').dispatchEvent(new Event('input'))")
         height, width = image.shape[:2]
         frame = page.locator("#photo").bounding_box()
         x1, y1, x2, y2 = (
@@ -69,8 +57,9 @@ def photograph_page(image: np.ndarray, path: Path, chromium: str) -> None:
         page.mouse.up()
         page.wait_for_function(MASKS)
         page.mouse.move(5, 5)
-        write_atomically(path, lambda temporary: page.screenshot(path=temporary, type="png"))
+        shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256)  # a third of the bytes
         browser.close()
+    write_atomically(path, lambda temporary: shot.save(temporary, "PNG"))
 
 
 def main() -> int:
@@ -85,8 +74,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         photo = Path(folder) / "coffee.png"
         Image.fromarray(image).save(photo)
-        blsam(["segment", str(photo), "--box", ",".join(map(str, BOX)), "-o", str(args.output / "cup.png")])
-    draw_routing(image, args.output / "routing.png")
+        box = ",".join(map(str, BOX))
+        if code := command_line(["segment", str(photo), "--box", box, "-o", str(args.output / "cup.png")]):
+            return code
+    sam = sam_model_registry[DEFAULT_MODEL](find_checkpoint(DEFAULT_MODEL, None), keep_ratio=KEEP_RATIO)
+    draw(SamPredictor(sam), image, args.output / "routing.png")
     photograph_page(image, args.output / "demo.png", args.chromium)
     return 0
 

@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,6 +22,14 @@ from blsam.evaluation.commands import run_script
 from blsam.images import read_image
 from blsam.precision import DTYPES
 from blsam.visualize import routing_figure
+
+
+def draw(predictor: SamPredictor, image: np.ndarray, path: Path) -> None:
+    """Encode a photo, uint8 [H, W, 3] RGB, and write the picture of its routing."""
+    predictor.set_image(image)
+    layers = predictor.model.image_encoder.config.predictor_layers
+    figure = routing_figure(image, predictor.routing, predictor.input_size, layers)
+    write_atomically(path, partial(figure.savefig, dpi=110))
 
 
 def main() -> int:
@@ -45,11 +54,8 @@ def main() -> int:
     sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
     predictor = SamPredictor(sam.to(args.device))
     for name, image in zip(names, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
-        predictor.set_image(image)
-        layers = sam.image_encoder.config.predictor_layers
-        figure = routing_figure(image, predictor.routing, predictor.input_size, layers)
         path = args.output / f"{name}.png"
-        write_atomically(path, partial(figure.savefig, dpi=110))
+        draw(predictor, image, path)
         print(path)
     return 0
 

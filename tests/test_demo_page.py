@@ -299,3 +299,16 @@ def test_on_a_phone(visit):
     assert prompts(page)["points"][1][2] == 0
     for button in ("#undo", "#clear", "#everything"):
         assert page.locator(button).bounding_box()["height"] >= 44
+
+
+def test_the_readme_s_pictures_can_be_made(tmp_path):
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
+    command = [sys.executable, str(ROOT / "scripts" / "make_pictures.py"), "-o", str(tmp_path)]
+    made = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert made.returncode == 0, made.stderr
+    cup, routing, page = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int) for name in
+                          ("cup", "routing", "demo"))  # fmt: skip
+    assert page.shape == (840, 1180, 3) and routing.shape[1] > 2 * routing.shape[0]
+    blue = (cup - data.coffee())[..., 2] > 40  # the mask, most of the box's upper half
+    assert 0.2 < blue[10:245, 160:400].mean() < 0.9 and blue[:, :150].mean() < 0.01

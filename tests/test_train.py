@@ -17,8 +17,9 @@ from blsam.checkpoint import read
 from blsam.data.sa1b import choose_photos, list_photos
 from blsam.training import run_folder
 from blsam.training.embeddings import EmbeddingCache
-from blsam.training.loop import train
+from blsam.training.loop import set_up, train
 from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, relative_mse_loss, sam_mask_loss
+from blsam.training.parallel import World
 from blsam.training.prompts import corrective_clicks
 from blsam.training.settings import TrainSettings, build_parser, launcher, parse_settings
 
@@ -112,6 +113,11 @@ def test_passes_give_the_gradient_of_the_whole_batch(settings, tmp_path, monkeyp
     assert worst < 1e-3, worst
     whole, passes = column(tmp_path / "run", "loss"), column(tmp_path / "passes", "loss").view(3, -1).mean(1)
     assert torch.allclose(whole, passes, rtol=1e-4), (whole, passes)
+    norms = [column(tmp_path / name, "grad_norm")[0].item() for name in ("run", "passes")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    a, b = (read(folder / "model.safetensors")[0] for folder in (tmp_path / "run", tmp_path / "passes"))
+    worst = max((a[k].float() - b[k].float()).abs().max().item() for k in a)
+    assert worst < 1e-3, worst  # half precision
 
 
 def test_a_run_folder_says_what_happened(settings):
@@ -207,6 +213,8 @@ def test_tars_need_a_reader_each_and_the_same_readers_again(settings, photos, tm
     of_tars = replace(settings, data=(tars[0].parent,), stage="encoder", steps=1)
     with pytest.raises(ValueError, match="3 readers .* need as many tars, there are 2"):
         train(replace(of_tars, workers=3))
+    with pytest.raises(ValueError, match="6 readers"):
+        set_up(replace(of_tars, workers=3), World(rank=0, size=2))
     assert not settings.output.exists()  # the command put right can begin
     train(of_tars)
     with pytest.raises(ValueError, match="reads tars with 1 processes x 1 workers, this command has 1 x 2"):

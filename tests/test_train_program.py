@@ -54,7 +54,11 @@ def test_processes_equal_one(photos, tmp_path):
         command = _command(photos, tmp_path / name, 20, "--accumulate", "2", "--lr", "2e-5", *more)
         result = _run(*command, processes=processes)
         assert result.returncode == 0, result.stderr
+    weights = {name: read(tmp_path / name / "model.safetensors")[0] for name in runs}
     for name in ("ddp", "fsdp"):
+        assert weights[name].keys() == weights["one"].keys()
+        gaps = [(weights[name][k].float() - v.float()).abs().max().item() for k, v in weights["one"].items()]
+        assert max(gaps) < 2e-3, (name, max(gaps))
         cosine = _same_way(tmp_path / "one", tmp_path / name)
         print(f"{name}: cosine of what 20 steps changed {cosine:.4f}")
         assert cosine > 0.95, (name, cosine)
