@@ -15,7 +15,7 @@ import torch
 
 from . import checkpoint as ckpt
 from .build_sam import sam_model_registry
-from .config import CONFIGS, dense_twin
+from .config import CONFIGS
 from .images import encode_image, read_image
 from .modeling.macs import encoder_macs, sam_macs
 from .precision import DTYPES, resolve_dtype
@@ -161,7 +161,7 @@ def models(args: argparse.Namespace) -> None:
         parameters = sum(p.numel() for p in sam.parameters()) / 1e6
         keep = f"{sam.image_encoder.keep_ratio:g}" if config.routed else "-"
         has = "shipped" if shipped_checkpoint(name).is_file() else "-"
-        dense, ours = sam_macs(dense_twin(config)) / 1e9, encoder_macs(config) / 1e9
+        dense, ours = sam_macs(config.dense) / 1e9, encoder_macs(config) / 1e9
         print(f"{name:<12} {parameters:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has}")
     auto = str(resolve_dtype("auto")).removeprefix("torch.")
     print(

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 FUSE = ("sublayer", "block")
-SCORE = ("predictor", "norm", "random")
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class EncoderConfig:
     The last four fields exist for ablations and are off in every preset:
     `fuse` "block" runs both P sublayers before one fusion (the paper's figure 2; "sublayer" is its Algorithm 1),
     `semi_cross` False takes keys and values from the prime tokens alone, `e_block` False leaves the narrow blocks out,
-    `score` "norm" or "random" replaces the importance predictor when tokens are chosen.
+    `score` "norm" or "random" replaces the importance predictor when tokens are chosen (`modeling.routing.SCORERS`).
     """
 
     name: str
@@ -51,8 +50,8 @@ class EncoderConfig:
         unrouted = [i for i in self.e_layers if self.stage_of(i) is None]
         if unrouted:
             raise ValueError(f"E-blocks on layers {unrouted}, which lie before the first predictor and run in full")
-        if self.fuse not in FUSE or self.score not in SCORE:
-            raise ValueError(f"fuse must be one of {FUSE} and score one of {SCORE}")
+        if self.fuse not in FUSE:
+            raise ValueError(f"fuse must be one of {FUSE}, is {self.fuse!r}")
 
     @property
     def routed(self) -> bool:
@@ -75,6 +74,18 @@ class EncoderConfig:
         """The stage (index of the predictor whose choice holds) of a layer; None where it runs in full."""
         stages = [i for i, after in enumerate(self.predictor_layers) if after < layer]
         return stages[-1] if stages else None
+
+    def layers_of(self, stage: int | None) -> tuple[int, ...]:
+        """The layers of a stage; None: those that run in full."""
+        return tuple(i for i in range(self.depth) if self.stage_of(i) == stage)
+
+    @property
+    def dense(self) -> EncoderConfig:
+        """The exact model whose checkpoints this one is warm-started from (itself, for an exact model)."""
+        if not self.routed:
+            return self
+        name, layers = self.name.removeprefix("blsam_"), self.global_layers
+        return EncoderConfig(name, self.dim, self.depth, self.heads, layers, self.window)
 
 
 def _every(first: int, last: int, step: int = 1) -> tuple[int, ...]:
@@ -112,8 +123,3 @@ CONFIGS: dict[str, EncoderConfig] = {
         ),
     )
 }
-
-
-def dense_twin(config: EncoderConfig) -> EncoderConfig:
-    """The exact model whose checkpoints a `blsam_*` model is warm-started from (itself, for an exact model)."""
-    return CONFIGS[config.name.removeprefix("blsam_")]

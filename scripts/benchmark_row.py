@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 
 from blsam.build_sam import build_sam
-from blsam.config import CONFIGS, EncoderConfig, dense_twin
+from blsam.config import CONFIGS, EncoderConfig
 from blsam.modeling.image_encoder import ImageEncoder
 from blsam.modeling.macs import encoder_macs, sam_macs
 from blsam.precision import resolve_dtype
@@ -99,7 +99,7 @@ def reference_encoder(config: EncoderConfig, size: int) -> ImageEncoderViT:
 
 def dense_weights(config: EncoderConfig, size: int) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    encoder = ImageEncoder(dense_twin(config), size)
+    encoder = ImageEncoder(config.dense, size)
     for name, parameter in encoder.named_parameters():
         if "pos" in name:
             torch.nn.init.normal_(parameter, std=0.02)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 
-from blsam.config import CONFIGS, dense_twin
+from blsam.config import CONFIGS
 from blsam.evaluation.commands import run_script
 from blsam.modeling.macs import encoder_macs
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 def images_per_second(model: str, cached: bool) -> float:
     """Of one GPU, by the assumptions above."""
     config = CONFIGS[model]
-    student = encoder_macs(config) / encoder_macs(dense_twin(config))  # of a forward pass of the teacher
+    student = encoder_macs(config) / encoder_macs(config.dense)  # of a forward pass of the teacher
     passes = 3 * student + (0 if cached else 1)
     rest = REST / (1 - REST) * (3 * student + 1)
     return TEACHER_PER_SECOND[model] / (passes + rest)

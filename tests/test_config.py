@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blsam.config import CONFIGS, dense_twin
+from blsam.config import CONFIGS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "layers.json").read_text())
 SIZES = {
@@ -38,7 +38,7 @@ def test_layers(name):
         assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
         over_image = 1 if name == "blsam_vit_t" else e_heads
         assert {config.e_heads_of(i) for i in config.global_layers} == {over_image}
-    assert not dense_twin(config).routed
+    assert not config.dense.routed
     assert (config.fuse, config.semi_cross, config.e_block, config.score) == ("sublayer", True, True, "predictor")
 
 

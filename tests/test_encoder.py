@@ -10,7 +10,7 @@ from conftest import TINY, TINY_EXACT, TINY_SIZE, gap, randomize, reference_enco
 
 from blsam.config import CONFIGS
 from blsam.modeling.image_encoder import ImageEncoder
-from blsam.modeling.routing import Routing, StageRouting, keep_count
+from blsam.modeling.routing import Routing, Stage, keep_count
 
 SIZES = [(120, 160), (160, 100)]
 
@@ -75,9 +75,9 @@ def test_supplied_routing():
     embedding, routing = encoder.encode(x, keep_ratio=0.25)
     again = encoder.encode(x, routing=routing)[0]
     assert gap(again, embedding) <= 1e-4
-    ones = Routing(tuple(StageRouting.from_mask(torch.ones_like(s.mask), 7) for s in routing.stages))
+    ones = Routing(tuple(Stage.from_mask(torch.ones_like(s.mask), 7) for s in routing.stages))
     assert gap(encoder.encode(x, routing=ones)[0], encoder(x, keep_ratio=1.0)) <= 1e-4
-    none = Routing(tuple(StageRouting.from_mask(torch.zeros_like(s.mask), 7) for s in routing.stages))
+    none = Routing(tuple(Stage.from_mask(torch.zeros_like(s.mask), 7) for s in routing.stages))
     assert torch.isfinite(encoder.encode(x, routing=none)[0]).all()
     wrong = Routing((replace(routing.stages[0], counts=routing.stages[0].counts + 1), routing.stages[1]))
     with pytest.raises(ValueError, match=r"routing.stages\[0\].counts"):

@@ -8,7 +8,8 @@ from skimage import data
 from blsam import SamPredictor, sam_model_registry
 from blsam.cli import shipped_checkpoint
 from blsam.modeling.attention import Attention
-from blsam.modeling.blocks import Block, EBlock, RoutedBlock
+from blsam.modeling.blocks import RoutedBlock
+from blsam.modeling.image_encoder import build_block
 from blsam.training.starts import start_attention, start_feed_forward
 
 
@@ -54,7 +55,8 @@ def test_heads_of_low_rank_are_cut_without_loss(x):
 @torch.no_grad()
 def test_feed_forward_of_low_rank_is_cut_without_loss():
     torch.manual_seed(0)
-    wide, narrow = Block(TINY, 1, (10, 10)), EBlock(TINY, 1, (10, 10))
+    wide = build_block(TINY, 1, (10, 10))
+    narrow = wide.e_block
     wide.mlp.lin1.weight[64:] = 0  # 64 hidden units that matter, on 16 directions in and 16 out
     wide.mlp.lin1.bias[64:] = -100
     wide.mlp.lin1.weight[:64] = torch.randn(64, 16) @ torch.randn(16, TINY.dim) / 8
@@ -72,7 +74,8 @@ def test_what_is_degenerate_gives_numbers_all_the_same(x):
     narrow = Attention(TINY.dim, TINY.e_dim, 4, 7, (10, 10))
     start_attention(narrow, wide, x)
     assert explained(narrow(x), wide(x)) > 0.3
-    block, e = Block(TINY, 1, (10, 10)), EBlock(TINY, 1, (10, 10))
+    block = build_block(TINY, 1, (10, 10))
+    e = block.e_block
     block.mlp.lin1.bias.fill_(-100)  # no unit ever fires
     start_feed_forward(e, block, x.flatten(0, 2))
     assert torch.isfinite(e.feed_forward(x.flatten(0, 2))).all()
@@ -95,5 +98,5 @@ def test_most_of_a_trained_model_s_blocks_is_found():
             start_feed_forward(e, block, block.norm2(middle))
             e.norm2.load_state_dict(block.norm2.state_dict())
             shares[f"{i}.feed_forward"] = explained(e.feed_forward(middle), block.feed_forward(middle))
-        x = Block.forward(block, x)
+        x = block.dense(x)
     assert min(shares.values()) > 0.8, shares

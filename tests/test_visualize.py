@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from blsam.modeling.routing import Routing, StageRouting
+from blsam.modeling.routing import Routing, Stage
 from blsam.visualize import draw_heat, draw_prime, routing_figure, to_photo
 
 
@@ -34,7 +34,7 @@ def test_prime_tokens_show_the_photo_and_the_others_its_shadow():
 def test_figure_has_a_panel_for_every_stage():
     mask = torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[:, :2, :2] = True
-    stage = StageRouting.from_mask(mask, 4, torch.rand(1, 4, 4))
+    stage = Stage.from_mask(mask, 4, torch.rand(1, 4, 4))
     figure = routing_figure(np.zeros((64, 64, 3), np.uint8), Routing((stage, stage)), (64, 64), (0, 3))
     titles = [axis.get_title() for axis in figure.axes]
     assert len(titles) == 6 and titles[1] == "after layer 0: 25 % prime" and titles[2] == "after layer 3: 25 % prime"

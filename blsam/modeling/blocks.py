@@ -15,51 +15,53 @@ import torch
 from segment_anything.modeling.common import MLPBlock
 from torch import nn
 
-from ..config import EncoderConfig
-from .attention import Attention
-from .routing import Selection, Stage
+from .routing import Queries, Stage
 
 NORM_EPS = 1e-6  # as SAM
 
 
 class Block(nn.Module):
-    """SAM's block: x [B, H, W, C] -> [B, H, W, C]."""
+    """SAM's block: x [B, ..., C] -> the same shape.
 
-    def __init__(self, config: EncoderConfig, layer: int, grid: tuple[int, int]) -> None:
+    attn: from x, normalised, and `Queries` (None: all tokens) to a row for each of them, [P, C]; its attribute `window`
+    is 0 where it reaches over the whole image.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module) -> None:
         super().__init__()
-        dim = config.dim
-        self.window = 0 if config.is_global(layer) else config.window
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, dim, config.heads, self.window, grid, config.semi_cross)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MLPBlock(dim, 4 * dim)
 
-    def attention(self, x: torch.Tensor, tokens: Selection | None = None) -> torch.Tensor:
-        """What attention adds to the given tokens, or to all: [B, H, W, C] -> [P, C]."""
-        queries = None if tokens is None else tokens.window if self.window else tokens.image
+    def attention(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
+        """What attention adds to the given tokens, or to all: [B, ..., C] -> [P, C]."""
         return self.attn(self.norm1(x), queries)
 
     def feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
         """What the feed-forward part adds: [P, C] -> [P, C]."""
         return self.mlp(self.norm2(rows).to(self.mlp.lin1.weight.dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = x.flatten(0, 2) + self.attention(x)
+    def dense(self, x: torch.Tensor) -> torch.Tensor:
+        """All tokens through the wide part alone: SAM's own layer."""
+        rows = x.flatten(0, -2) + self.attention(x)
         return (rows + self.feed_forward(rows)).view(x.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(x)
 
 
 class EBlock(nn.Module):
     """The narrow block, inner width C_e: linear layers match the dimensions at its entry and exit.
 
-    The last layer of each branch starts at zero (ours), so that a fresh E-block changes nothing.
+    attn: as a block's, but `inner` wide inside, with its last layer in `proj`. The last layer of each branch starts at
+    zero (ours), so that a fresh E-block changes nothing.
     """
 
-    def __init__(self, config: EncoderConfig, layer: int, grid: tuple[int, int]) -> None:
+    def __init__(self, dim: int, inner: int, attn: nn.Module) -> None:
         super().__init__()
-        dim, inner = config.dim, config.e_dim
-        self.window = 0 if config.is_global(layer) else config.window
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.attn = Attention(dim, inner, config.e_heads_of(layer), self.window, grid)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.entry = nn.Linear(dim, inner)
         self.mlp = MLPBlock(inner, 4 * inner)
@@ -69,7 +71,7 @@ class EBlock(nn.Module):
             nn.init.zeros_(last.bias)
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
-        """What attention adds to all tokens: [B, H, W, C] -> [B*H*W, C]."""
+        """What attention adds to all N tokens: [B, ..., C] -> [N, C]."""
         return self.attn(self.norm1(x))
 
     def feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -86,54 +88,69 @@ class Fusion(nn.Module):
         self.gamma = nn.Parameter(torch.full((fusions,), 1e-4)) if e_block else None
 
     def forward(
-        self, i: int, rows: torch.Tensor, d_e: torch.Tensor | None, d_p: torch.Tensor, stage: Stage
+        self,
+        i: int,
+        rows: torch.Tensor,
+        d_e: torch.Tensor | None,
+        d_p: torch.Tensor,
+        scores: torch.Tensor,
+        prime: Queries | None,
     ) -> torch.Tensor:
-        """Fusion number i of the layer: x [N, C], dE of all tokens [N, C] or None, dP [P, C] -> [N, C]."""
-        selection = stage.selection
-        prime = _take(rows, selection) + (1 + self.alpha[i] * _take(stage.scores.view(-1, 1), selection)) * d_p
+        """Fusion number i of the layer: x [N, C], dE of all tokens [N, C] or None, dP [P, C], s of all -> [N, C]."""
+        new = take(rows, prime) + (1 + self.alpha[i] * take(scores.view(-1, 1), prime)) * d_p
         if d_e is not None:
-            prime = prime + self.gamma[i] * _take(d_e, selection)
-        if selection is None:
-            return prime
+            new = new + self.gamma[i] * take(d_e, prime)
+        if prime is None:
+            return new
         others = rows if d_e is None else rows + d_e
-        if selection.live is not None:  # unused slots of the static form keep what stands there
-            prime = torch.where(selection.live[:, None] > 0, prime, _take(others, selection))
+        if prime.rows is not None:
+            return torch.cat([new, others]).index_select(0, prime.rows)
         if d_e is None:  # the rows are still needed as they are
-            return rows.index_copy(0, selection.tokens, prime)
-        return others.index_copy_(0, selection.tokens, prime)
+            return rows.index_copy(0, prime.tokens, new)
+        return others.index_copy_(0, prime.tokens, new)
 
 
 class RoutedBlock(Block):
-    """A layer whose wide part runs on the prime tokens: x [B, H, W, C] -> [B, H, W, C]."""
+    """A layer whose wide part runs on the prime tokens: x [B, ..., C] -> the same shape.
 
-    def __init__(self, config: EncoderConfig, layer: int, grid: tuple[int, int]) -> None:
-        super().__init__(config, layer, grid)
-        self.once = config.fuse == "block"
-        self.e_block = EBlock(config, layer, grid) if config.has_e_block(layer) else None
-        self.fusion = Fusion(1 if self.once else 2, self.e_block is not None)
+    once: one fusion after both sublayers (the paper's figure 2) instead of one after each.
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, e_block: EBlock | None, once: bool = False) -> None:
+        super().__init__(dim, attn)
+        self.once = once
+        self.e_block = e_block
+        self.fusion = Fusion(1 if once else 2, e_block is not None)
+
+    def prime(self, stage: Stage) -> Queries | None:
+        """The stage's prime tokens, in the order of this layer's attention."""
+        return stage.window if self.attn.window else stage.image
 
     def forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
-        if self.once:  # the paper's figure 2: both branches run through, then one fusion
-            rows, d_p = x.flatten(0, 2), self.attention(x, stage.selection)
-            d_p = d_p + self.feed_forward(_take(rows, stage.selection) + d_p)
-            d_e = self.e_block.attention(x) if self.e_block else None
-            d_e = d_e + self.e_block.feed_forward(rows + d_e) if self.e_block else None
-            return self.fusion(0, rows, d_e, d_p, stage).view(x.shape)
-        return self.fuse_feed_forward(self.fuse_attention(x, stage), stage)
+        if not self.once:
+            return self.fuse_feed_forward(self.fuse_attention(x, stage), stage)
+        rows, prime = x.flatten(0, -2), self.prime(stage)
+        d_p = self.attention(x, prime)
+        d_p = d_p + self.feed_forward(take(rows, prime) + d_p)
+        d_e = self.e_block.attention(x) if self.e_block else None
+        d_e = d_e + self.e_block.feed_forward(rows + d_e) if self.e_block else None
+        return self.fusion(0, rows, d_e, d_p, stage.scores, prime).view(x.shape)
 
     def fuse_attention(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
-        """The layer's first half: [B, H, W, C] -> [B, H, W, C]."""
-        d_p, d_e = self.attention(x, stage.selection), self.e_block.attention(x) if self.e_block else None
-        return self.fusion(0, x.flatten(0, 2), d_e, d_p, stage).view(x.shape)
+        """The layer's first half."""
+        prime = self.prime(stage)
+        d_p, d_e = self.attention(x, prime), self.e_block.attention(x) if self.e_block else None
+        return self.fusion(0, x.flatten(0, -2), d_e, d_p, stage.scores, prime).view(x.shape)
 
     def fuse_feed_forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
-        """The layer's second half: [B, H, W, C] -> [B, H, W, C]."""
-        rows = x.flatten(0, 2)
-        d_p = self.feed_forward(_take(rows, stage.selection))
+        """The layer's second half."""
+        rows, prime = x.flatten(0, -2), self.prime(stage)
+        d_p = self.feed_forward(take(rows, prime))
         d_e = self.e_block.feed_forward(rows) if self.e_block else None
-        return self.fusion(1, rows, d_e, d_p, stage).view(x.shape)
+        return self.fusion(1, rows, d_e, d_p, stage.scores, prime).view(x.shape)
 
 
-def _take(rows: torch.Tensor, selection: Selection | None) -> torch.Tensor:
-    """The selected rows, or all. Like `F.embedding` in attention: on a CPU several times faster than rows[tokens]."""
-    return rows if selection is None else rows.index_select(0, selection.tokens)
+def take(rows: torch.Tensor, prime: Queries | None) -> torch.Tensor:
+    """The rows of the prime tokens, or all. Like `F.embedding` in attention: on a CPU several times faster than
+    rows[tokens]."""
+    return rows if prime is None else rows.index_select(0, prime.tokens)

@@ -2,46 +2,80 @@
 
 from __future__ import annotations
 
-import zlib
-
 import torch
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import nn
 
 from ..config import EncoderConfig
-from .blocks import Block, RoutedBlock
-from .routing import ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
+from .attention import Attention
+from .blocks import Block, EBlock, RoutedBlock
+from .product import FORMS
+from .routing import SCORERS, ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
 from .windows import PATCH
 
 OUT_CHANNELS = 256  # what SAM's decoder expects
+
+
+class Neck(nn.Sequential):
+    """SAM's neck: what comes out of the last block, [B, C, H, W], -> the embedding [B, 256, H, W] float32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(
+            nn.Conv2d(dim, OUT_CHANNELS, kernel_size=1, bias=False),
+            LayerNorm2d(OUT_CHANNELS),
+            nn.Conv2d(OUT_CHANNELS, OUT_CHANNELS, kernel_size=3, padding=1, bias=False),
+            LayerNorm2d(OUT_CHANNELS),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self:
+            x = layer(x.to(layer.weight.dtype))
+        return x.float()
+
+
+def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Block:
+    """A layer of the encoder: SAM's own, or routed where a predictor stands before it."""
+    window = 0 if config.is_global(layer) else config.window
+    attn = Attention(config.dim, config.dim, config.heads, window, grid, config.semi_cross)
+    if config.stage_of(layer) is None:
+        return Block(config.dim, attn)
+    e_block = None
+    if config.has_e_block(layer):
+        narrow = Attention(config.dim, config.e_dim, config.e_heads_of(layer), window, grid)
+        e_block = EBlock(config.dim, config.e_dim, narrow)
+    return RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block")
 
 
 class ImageEncoder(nn.Module):
     """A square image to SAM's embedding.
 
     Attributes: `config`; `img_size`, the side S in pixels; `keep_ratio`, the share of tokens that run through the wide
-    blocks when a call does not say otherwise (1 or more: all, which is exactly SAM for SAM's weights).
+    blocks when a call does not say otherwise (1 or more: all, which is exactly SAM for SAM's weights; others than above
+    0 are a ValueError).
     """
 
     def __init__(self, config: EncoderConfig, img_size: int = 1024, keep_ratio: float = 0.25) -> None:
         super().__init__()
         if img_size < PATCH or img_size % PATCH:
             raise ValueError(f"image size must be a multiple of {PATCH}, is {img_size}")
-        self.config, self.img_size = config, img_size
-        self.keep_ratio = _checked_ratio(keep_ratio)
+        if config.score not in SCORERS:
+            raise ValueError(f"score must be one of {', '.join(SCORERS)}, is {config.score!r}")
+        self.config, self.img_size, self.keep_ratio = config, img_size, keep_ratio
         side = img_size // PATCH
         self.patch_embed = PatchEmbed(embed_dim=config.dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, side, side, config.dim))
-        kinds = [Block if config.stage_of(i) is None else RoutedBlock for i in range(config.depth)]
-        self.blocks = nn.ModuleList(kind(config, i, (side, side)) for i, kind in enumerate(kinds))
+        self.blocks = nn.ModuleList(build_block(config, i, (side, side)) for i in range(config.depth))
         self.predictors = nn.ModuleList(ImportancePredictor(config.dim) for _ in config.predictor_layers)
-        self.neck = nn.Sequential(
-            nn.Conv2d(config.dim, OUT_CHANNELS, kernel_size=1, bias=False),
-            LayerNorm2d(OUT_CHANNELS),
-            nn.Conv2d(OUT_CHANNELS, OUT_CHANNELS, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(OUT_CHANNELS),
-        )
+        self.neck = Neck(config.dim)
+
+    @property
+    def keep_ratio(self) -> float:
+        return self._keep_ratio
+
+    @keep_ratio.setter
+    def keep_ratio(self, value: float) -> None:
+        self._keep_ratio = _checked_ratio(value)
 
     def use_dtype(self, dtype: torch.dtype) -> ImageEncoder:
         """Hold and multiply the linear and convolution weights in `dtype`; returns self.
@@ -51,6 +85,15 @@ class ImageEncoder(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("predictors"):
                 module.to(dtype)
+        return self
+
+    def use_form(self, form: str | None) -> ImageEncoder:
+        """Compute every attention product in a form of `product.FORMS`, for an export; None: what is fastest here."""
+        if form is not None and form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, is {form!r}")
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.form = form
         return self
 
     def forward(
@@ -81,40 +124,33 @@ class ImageEncoder(nn.Module):
         if not isinstance(true_sizes, torch.Tensor | None):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 
-        image = x
-        # [B, 3, S, S] -> [B, H, W, C]; contiguous, or every norm would copy; float32 from here, whatever the weights
-        x = self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)).contiguous() + self.pos_embed
+        tokens = self.run_stage(self.stem(x), None)
         stages: list[Stage] = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, stages[-1]) if stages else block(x)
-            if i in self.config.predictor_layers:
-                number = len(stages)
-                scores = self.predictors[number](x)
-                if routing is not None:
-                    name = f"routing.stages[{number}]"
-                    stage = route_supplied(routing.stages[number], scores, self.config.window, name)
-                else:
-                    rank_by = self._rank_by(x, scores, image, number)
-                    stage = route(scores, rank_by, self.config.window, keep_ratio, true_sizes)
-                stages.append(stage)
-        return self.embed(x), Routing(tuple(stage.as_value() for stage in stages))
+        for number, predictor in enumerate(self.predictors):
+            scores = predictor(tokens)
+            if routing is not None:
+                name = f"routing.stages[{number}]"
+                stage = route_supplied(routing.stages[number], scores, self.config.window, name)
+            else:
+                rank_by = SCORERS[self.config.score](tokens, scores, x, number)
+                stage = route(scores, rank_by, self.config.window, keep_ratio, true_sizes)
+            tokens = self.run_stage(tokens, number, stage)
+            stages.append(stage)
+        return self.neck(tokens.permute(0, 3, 1, 2)), Routing(tuple(stages))  # [B, H, W, C] -> [B, C, H, W]
 
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """The neck: what comes out of the last block, [B, H, W, C], -> the embedding [B, 256, H, W] float32."""
-        x = x.permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
-        for layer in self.neck:
-            x = layer(x.to(layer.weight.dtype))
-        return x.float()
+    def stem(self, x: torch.Tensor) -> torch.Tensor:
+        """Patches and their positions: [B, 3, S, S] -> [B, H, W, C] float32."""
+        # contiguous, or every norm would copy; float32 from here, whatever the weights
+        return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)).contiguous() + self.pos_embed
 
-    def _rank_by(self, x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:
-        """What orders the tokens of a window: [B, H, W] float32."""
-        if self.config.score == "norm":
-            return x.float().norm(dim=-1)
-        if self.config.score == "random":  # seeded by the image's own values: the batch does not matter
-            seeds = [zlib.crc32(one.float().cpu().numpy().tobytes()) + number for one in image.detach()]
-            draws = [torch.rand(scores.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
-            return torch.stack(draws).to(scores)
-        return scores
+    def run_stage(self, x: torch.Tensor, number: int | None, stage: Stage | None = None) -> torch.Tensor:
+        """The layers of stage `number` (None: those before the first predictor): [B, H, W, C] -> the same.
+
+        Routed by `stage`; None: every token through the wide blocks alone, as the dense model does.
+        """
+        for i in self.config.layers_of(number):
+            x = self.blocks[i].dense(x) if stage is None else self.blocks[i](x, stage)
+        return x
 
     def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:
         size = self.img_size

@@ -7,8 +7,9 @@ the same number is chosen in every window. Ours: the score's normalisation, part
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -38,114 +39,129 @@ class ImportancePredictor(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         kind = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"  # "meta" has none
-        with torch.autocast(kind, enabled=False):
-            return self.linear(self.norm(x.float())).softmax(dim=-1)[..., 1]
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self.forward(x)
+        return self.linear(self.norm(x.float())).softmax(dim=-1)[..., 1]
 
 
-# --- the routing as a value ------------------------------------------------------------------------------------------
+# --- what tokens can be ranked by ------------------------------------------------------------------------------------
+
+Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+
+def by_predictor(x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:
+    """As the predictor says: the paper's choice."""
+    return scores
+
+
+def by_norm(x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:
+    """By the length of the token."""
+    return x.float().norm(dim=-1)
+
+
+def by_chance(x: torch.Tensor, scores: torch.Tensor, image: torch.Tensor, number: int) -> torch.Tensor:
+    """At random, seeded by the image's own values: the batch does not matter."""
+    seeds = [zlib.crc32(one.float().cpu().numpy().tobytes()) + number for one in image.detach()]
+    draws = [torch.rand(scores.shape[1:], generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(draws).to(scores)
+
+
+# What `EncoderConfig.score` names; others may join. Tokens [B, H, W, C], the predictor's scores [B, H, W], the image
+# [B, 3, S, S] and the predictor's number -> what orders the tokens of a window, [B, H, W] float32.
+SCORERS: dict[str, Scorer] = {"predictor": by_predictor, "norm": by_norm, "random": by_chance}
+
+
+# --- the choice within groups ----------------------------------------------------------------------------------------
+
+
+def rank(scores: torch.Tensor) -> torch.Tensor:
+    """The place of every score in its group, highest first, ties to the lower index: [G, n] -> [G, n] int64.
+
+    By counting who comes before, which means the same in every runtime; not all have a stable sort.
+    """
+    mine, other = scores[:, :, None], scores[:, None, :]
+    index = torch.arange(scores.shape[1], device=scores.device)
+    return ((other > mine) | ((other == mine) & (index < index[:, None]))).sum(-1)
+
+
+def first(ranks: torch.Tensor, count: int) -> torch.Tensor:
+    """Who holds the places 0 ... count - 1: [G, n] -> [G, count]. No two ranks are equal, so that any sort will do."""
+    return ranks.topk(count, dim=-1, largest=False).indices
+
+
+def choose(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` highest of every group, highest first, ties to the lower index: [G, n] -> [G, count] int64."""
+    return first(rank(scores), count)
+
+
+# --- the routing -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class StageRouting:
+class Group:
+    """Windows of one region with equally many queries, so that their attention is one batch.
+
+    windows: their places among the region's, window by window and in each image by image (a slice where they are
+    neighbours); count: queries in each of them. In global attention an image is a window.
+    """
+
+    region: int
+    windows: torch.Tensor | slice
+    num_windows: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A list of P query tokens, group by group, window by window.
+
+    tokens [P] int64 into the B*H*W tokens of the batch; y, x [P] int64, the place of each in its window.
+    In the static form alone: live [P] bool, False for an unused slot; rows [B*H*W] int64, the row in which each token
+    of the batch is found when those of the P slots are followed by those of all tokens.
+    """
+
+    tokens: torch.Tensor
+    groups: tuple[Group, ...]
+    y: torch.Tensor
+    x: torch.Tensor
+    live: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
     """The choice of one predictor, which holds for all layers up to the next.
 
     mask [B, H, W] bool, prime tokens; scores [B, H, W] float32 or None; counts [B, nW] int64, prime tokens of each
     window. Supplied to `encode`, the mask replaces the choice and the scores, if not None, the predictor's.
+    window, image: the prime tokens as queries of window and of global attention; None: every token.
     """
 
     mask: torch.Tensor
     scores: torch.Tensor | None
     counts: torch.Tensor
+    window: Queries | None = None
+    image: Queries | None = None
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor, window: int, scores: torch.Tensor | None = None) -> StageRouting:
-        """A routing from a mask [B, H, W] bool alone, for windows of side `window`."""
+    def from_mask(cls, mask: torch.Tensor, window: int, scores: torch.Tensor | None = None) -> Stage:
+        """A stage from a mask [B, H, W] bool alone, for windows of side `window`."""
         return cls(mask, scores, win.partition(mask.long(), window).sum(-1))
 
 
 @dataclass(frozen=True)
 class Routing:
-    """One `StageRouting` for every predictor of the encoder, in order; none for an exact model."""
+    """One `Stage` for every predictor of the encoder, in order; none for an exact model."""
 
-    stages: tuple[StageRouting, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     def of_image(self, i: int) -> Routing:
         """The routing of image i of the batch alone."""
         one = slice(i, i + 1)
         return Routing(
-            tuple(
-                StageRouting(s.mask[one], None if s.scores is None else s.scores[one], s.counts[one])
-                for s in self.stages
-            )
+            tuple(Stage(s.mask[one], None if s.scores is None else s.scores[one], s.counts[one]) for s in self.stages)
         )
-
-
-# --- the routing as index lists: what the layers work with -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Group:
-    """Windows of an image with equally many queries, so that their attention is one batch.
-
-    windows: their places in the order of the grid's regions (a slice where they are neighbours); None: the image is
-    one window.
-    """
-
-    windows: torch.Tensor | slice | None
-    num_windows: int
-    count: int  # queries in each window
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images that share the numbers of queries in every window."""
-
-    images: torch.Tensor | None  # [b] places in the batch; None: the whole batch
-    groups: tuple[Group, ...]
-
-    @property
-    def count(self) -> int:
-        """Queries of each image."""
-        return sum(g.num_windows * g.count for g in self.groups)
-
-
-@dataclass(frozen=True)
-class Queries:
-    """A list of P query tokens, cut up for attention: part by part, image by image, group by group, window by window.
-
-    tokens [P] int64 into the B*H*W tokens of the batch; y, x [P] int64, the place of each in its window; live [P]
-    float, 0 for an unused slot of the static form.
-    """
-
-    tokens: torch.Tensor
-    parts: tuple[Part, ...]
-    y: torch.Tensor
-    x: torch.Tensor
-    live: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Tokens that a layer works on: as queries of window attention, of global attention, and as plain rows."""
-
-    window: Queries
-    image: Queries
-    tokens: torch.Tensor  # [P] int64
-    live: torch.Tensor | None = None  # [P] float
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What the layers of a stage need: the prime tokens (None: all), and mask and scores of all tokens."""
-
-    selection: Selection | None
-    mask: torch.Tensor  # [B, H, W] bool
-    scores: torch.Tensor  # [B, H, W] float32
-    counts: torch.Tensor  # [B, nW] int64
-
-    def as_value(self) -> StageRouting:
-        """Without the index lists."""
-        return StageRouting(self.mask, self.scores, self.counts)
 
 
 def route(
@@ -157,30 +173,33 @@ def route(
 ) -> Stage:
     """Choose the prime tokens of every window by `rank_by` [B, H, W], highest first, ties to the lower index.
 
-    `true_sizes` as Python integers gives exact index lists; as an int64 tensor [B, 2] the static form, in which every
-    window has the slots of its full shape and unused ones are weighted 0 (no shape depends on the sizes).
+    `true_sizes` as Python integers gives exact index lists. As an int64 tensor [B, 2], and in an export, it is the
+    static form: every window has the slots of its full shape, and what is in unused ones goes nowhere (no shape
+    depends on the sizes).
     """
     b, height, width = rank_by.shape
-    shapes = win.window_shapes(height, width, window)
+    shapes, device = win.window_shapes(height, width, window), scores.device
     if keep_ratio >= 1:  # every token, padding too: exactly SAM
-        counts = torch.tensor([h * w for h, w in shapes], device=scores.device).repeat(b, 1)
-        return Stage(None, torch.ones_like(scores, dtype=torch.bool), scores, counts)
+        counts = torch.tensor([h * w for h, w in shapes], device=device).expand(b, -1)
+        return Stage(torch.ones_like(scores, dtype=torch.bool), scores, counts)
 
+    static = isinstance(true_sizes, torch.Tensor) or win.exporting()
     if isinstance(true_sizes, torch.Tensor):
         real = win.real_tokens(height, width, true_sizes)
-        table = torch.tensor([keep_count(n, keep_ratio) for n in range(window * window + 1)], device=scores.device)
+        table = torch.tensor([keep_count(n, keep_ratio) for n in range(window * window + 1)], device=device)
         counts = table[win.partition(real.long(), window).sum(-1)]  # [B, nW]
         slots = [[keep_count(h * w, keep_ratio) for h, w in shapes]]
     else:
         sizes = true_sizes or [(height * win.PATCH, width * win.PATCH)]
         slots = [[keep_count(n, keep_ratio) for n in win.real_counts(height, width, window, s)] for s in sizes]
-        counts = torch.tensor(slots, device=scores.device).expand(b, -1)
-        real = win.real_tokens(height, width, torch.tensor(sizes, device=scores.device))
+        slots = slots[:1] if all(row == slots[0] for row in slots) else slots
+        counts = torch.tensor(slots, device=device).expand(b, -1)
+        real = win.real_tokens(height, width, torch.tensor(sizes, device=device))
     rank_by = rank_by.masked_fill(~real, torch.finfo(rank_by.dtype).min)
-    return _stage(scores, rank_by, window, slots, counts, static=isinstance(true_sizes, torch.Tensor))
+    return _stage(scores, rank_by, window, slots, counts, static)
 
 
-def route_supplied(supplied: StageRouting, scores: torch.Tensor, window: int, name: str) -> Stage:
+def route_supplied(supplied: Stage, scores: torch.Tensor, window: int, name: str) -> Stage:
     """The stage of a routing made elsewhere; its counts may differ from those of any keep ratio."""
     if supplied.mask.shape != scores.shape or supplied.mask.dtype != torch.bool:
         raise ValueError(
@@ -188,7 +207,7 @@ def route_supplied(supplied: StageRouting, scores: torch.Tensor, window: int, na
         )
     counts = win.partition(supplied.mask.long(), window).sum(-1)
     if supplied.counts.shape != counts.shape or not torch.equal(supplied.counts.to(counts), counts):
-        raise ValueError(f"{name}.counts do not match {name}.mask; StageRouting.from_mask makes them from it")
+        raise ValueError(f"{name}.counts do not match {name}.mask; Stage.from_mask makes them from it")
     if supplied.scores is not None:
         if supplied.scores.shape != scores.shape:
             raise ValueError(f"{name}.scores must be {list(scores.shape)}, are {list(supplied.scores.shape)}")
@@ -204,66 +223,91 @@ def _stage(
     counts: torch.Tensor,
     static: bool,
 ) -> Stage:
-    """Sort every window and take its first `slots` tokens; `slots` has a row for each image, or one for all."""
-    b, height, width = rank_by.shape
-    device = rank_by.device
-    ranked = win.partition(rank_by.detach(), window, fill=-torch.inf)
-    order = torch.sort(ranked, dim=-1, descending=True, stable=True).indices  # [B, nW, w*w]
-    table = win.window_tokens(height, width, window, device)
-    ordered = table.expand(b, -1, -1).gather(2, order) + _offsets(b, height * width, device)
+    """Take the first `slots` tokens of every window, of which `counts` [B, nW] are prime.
 
-    alive = torch.arange(window * window, device=device) < counts[..., None]  # [B, nW, w*w], for the static form
+    `slots`: the number of queries for each window, a row for each image, or one for all.
+    """
+    (b, height, width), device = rank_by.shape, rank_by.device
+    places, each = win.regions(height, width, window), b if len(slots) == 1 else 1
+    ranks = [rank(windows) for windows in _cut(rank_by.detach(), places)]
+    tokens = _cut(torch.arange(b * height * width, device=device).view(b, height, width), places)
+    limits = [counts[:, list(region.numbers)].T.reshape(-1, 1) for region in places]  # [B, nW] -> [G, 1]
+    prime = [of_window < limit for of_window, limit in zip(ranks, limits)]
 
-    place = win.region_order(height, width, window)
-    window_parts, image_parts, tokens, live = [], [], [], []
-    for images, row in _patterns(slots, device):
-        mine = ordered if images is None else ordered[images]
-        groups, numbers = [], []
-        for count in sorted(set(row) - {0}, reverse=True):
-            places = [i for i, number in enumerate(place) if row[number] == count]
-            groups.append(Group(_neighbours(places, device), len(places), count))
-            numbers.append(torch.tensor([place[i] for i in places], device=device))
-        window_parts.append(Part(images, tuple(groups)))
-        image_parts.append(Part(images, (Group(None, 1, sum(row)),) if groups else ()))
-        tokens.append(_slots(mine, groups, numbers))
-        if static:
-            live.append(_slots(alive, groups, numbers))
+    groups, chosen = [], [tokens[0][:0, :0]]
+    for i, region in enumerate(places):
+        for group in _groups(i, [row[number] for number in region.numbers for row in slots], each, device):
+            groups.append(group)
+            chosen.append(tokens[i][group.windows].gather(1, first(ranks[i][group.windows], group.count)))
+    by_window, totals = torch.cat([t.flatten() for t in chosen]), [sum(row) for row in slots]
+    if len(slots) == 1:
+        by_image = _image_by_image(chosen[1:], b) if groups else by_window
+    else:  # those with equally many together, as their groups are
+        order = torch.tensor([-total for total in totals], device=device) * b + torch.arange(b, device=device)
+        by_image = by_window[order[by_window // (height * width)].sort(stable=True).indices]
 
-    flat = torch.cat(tokens)
-    weight = torch.cat(live).float() if static else None
-    y, x = flat % (height * width) // width, flat % width
-    selection = Selection(
-        Queries(flat, tuple(window_parts), y % window, x % window, weight),
-        Queries(flat, tuple(image_parts), y, x, weight),
-        flat,
-        weight,
+    y, x = by_window % (height * width) // width, by_window % width
+    in_windows = Queries(by_window, tuple(groups), y % window, x % window)
+    y, x = by_image % (height * width) // width, by_image % width
+    in_images = Queries(by_image, _groups(0, totals, each, device), y, x)
+    if static:
+        in_windows, in_images = _static(in_windows, in_images, b, places, ranks, tokens, limits)
+    return Stage(_paste(prime, places), scores, counts, in_windows, in_images)
+
+
+def _static(
+    in_windows: Queries,
+    in_images: Queries,
+    b: int,
+    places: list[win.Region],
+    ranks: list[torch.Tensor],
+    tokens: list[torch.Tensor],
+    limits: list[torch.Tensor],
+) -> tuple[Queries, Queries]:
+    """Both lists with what the static form needs. A group is a whole region there, its slots those of every image."""
+    sizes = [len(region.numbers) * group.count for region, group in zip(places, in_windows.groups)]  # of an image
+    total, counts = b * sum(sizes), [group.count for group in in_windows.groups]
+    live = [torch.arange(k, device=n.device) < n for k, n in zip(counts, limits)]  # [G, k]
+    numbers = torch.arange(total, device=limits[0].device)
+    # the number of every window's first slot, [G, 1], as the slots lie window by window and image by image
+    starts = [part.view(-1, k)[:, :1] for k, part in zip(counts, numbers.split([b * size for size in sizes]))]
+    parts = numbers.view(b, -1).split(sizes, dim=1)
+    starts_in_image = [part.unflatten(1, (-1, k))[..., 0].T.reshape(-1, 1) for k, part in zip(counts, parts)]
+
+    def rows(of_windows: list[torch.Tensor]) -> torch.Tensor:
+        found = zip(of_windows, ranks, limits, tokens)
+        return _paste([torch.where(r < n, s + r, total + t) for s, r, n, t in found], places).flatten()
+
+    return (
+        replace(in_windows, live=torch.cat([t.flatten() for t in live]), rows=rows(starts)),
+        replace(in_images, live=_image_by_image(live, b), rows=rows(starts_in_image)),
     )
-    chosen = torch.cat(live) if static else torch.ones_like(flat, dtype=torch.bool)
-    mask = torch.zeros(b * height * width, dtype=torch.bool, device=device).scatter(0, flat, chosen)
-    return Stage(selection, mask.view(b, height, width), scores, counts)
 
 
-def _slots(x: torch.Tensor, groups: list[Group], numbers: list[torch.Tensor]) -> torch.Tensor:
-    """The first `count` places of every window, group by group: [b, nW, w*w] -> [P]."""
-    rows = [x[:, windows, : group.count].flatten(1) for group, windows in zip(groups, numbers)]
-    return torch.cat([x[:, :0].flatten(1), *rows], dim=1).view(-1)  # [b, G, k] -> [b, G*k] -> [P]
+def _cut(grid: torch.Tensor, places: list[win.Region]) -> list[torch.Tensor]:
+    """[B, H, W] -> [G, h*w] for every region, its G = nW*B windows one after the other, each image by image."""
+    return [region.windows(grid).flatten(3).flatten(0, 2) for region in places]
 
 
-def _patterns(slots: list[list[int]], device: torch.device) -> list[tuple[torch.Tensor | None, list[int]]]:
-    """Images with the same slots go together: [(places in the batch or None for all, slots of each window)]."""
-    if all(row == slots[0] for row in slots):
-        return [(None, slots[0])]
-    distinct = sorted({tuple(row) for row in slots}, reverse=True)
-    places = [[i for i, row in enumerate(slots) if tuple(row) == pattern] for pattern in distinct]
-    return [(torch.tensor(p, device=device), list(pattern)) for p, pattern in zip(places, distinct)]
+def _paste(pieces: list[torch.Tensor], places: list[win.Region]) -> torch.Tensor:
+    """What `_cut` has cut, back in its place: -> [B, H, W]."""
+    shaped = [t.unflatten(1, r.shape).unflatten(0, (*r.count, -1)) for t, r in zip(pieces, places)]
+    return win.merge(shaped, places)
 
 
-def _neighbours(places: list[int], device: torch.device) -> torch.Tensor | slice:
-    """A slice where the places follow one another, so that nothing has to be copied."""
-    if places == list(range(places[0], places[-1] + 1)):
-        return slice(places[0], places[-1] + 1)
-    return torch.tensor(places, device=device)
+def _image_by_image(pieces: list[torch.Tensor], b: int) -> torch.Tensor:
+    """[nW*B, k] of every group -> [P], all of the first image, then all of the second."""
+    return torch.cat([t.unflatten(0, (-1, b)).transpose(0, 1).flatten(1) for t in pieces], dim=1).flatten()
 
 
-def _offsets(batch: int, tokens: int, device: torch.device) -> torch.Tensor:
-    return (torch.arange(batch, device=device) * tokens)[:, None, None]
+def _groups(region: int, counts: list[int], each: int, device: torch.device) -> tuple[Group, ...]:
+    """Windows with equally many queries together, those without any in none; every count is that of `each` windows."""
+    found = []
+    for count in sorted(set(counts) - {0}, reverse=True):
+        places = [i for i, number in enumerate(counts) if number == count]
+        if places == list(range(places[0], places[-1] + 1)):  # a slice, so that nothing has to be copied
+            windows = slice(places[0] * each, (places[-1] + 1) * each)
+        else:
+            windows = (torch.tensor(places, device=device)[:, None] * each + torch.arange(each, device=device)).flatten()
+        found.append(Group(region, windows, len(places) * each, count))
+    return tuple(found)

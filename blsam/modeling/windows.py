@@ -7,6 +7,7 @@ padded there. Global layers use the same windows to choose tokens. Windows are n
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,42 +33,57 @@ def window_shapes(height: int, width: int, window: int) -> list[tuple[int, int]]
 class Region:
     """A rectangle of the grid cut into equal windows: count (down, across) windows of shape (h, w) tokens.
 
-    numbers: the places of its windows when regions follow one another, each row by row.
+    numbers: its windows, row by row, by their numbers in the grid.
     """
 
     rows: slice
     cols: slice
     count: tuple[int, int]
     shape: tuple[int, int]
-    numbers: slice
+    numbers: tuple[int, ...]
 
     def windows(self, grid: torch.Tensor) -> torch.Tensor:
-        """A view, window by window: [B, H, W, heads, d] -> [B, down, across, heads, h, w, d]."""
+        """A view, window by window: [B, H, W, ...] -> [down, across, B, h, w, ...]."""
         part = grid[:, self.rows, self.cols].unflatten(2, (-1, self.shape[1])).unflatten(1, (-1, self.shape[0]))
-        return part.permute(0, 1, 3, 5, 2, 4, 6)
+        return part.permute(1, 3, 0, 2, 4, *range(5, part.dim()))  # [B, down, h, across, w, ...] -> ...
 
 
 def regions(height: int, width: int, window: int) -> list[Region]:
     """Whole windows, those cut at the right, at the bottom and in the corner; window 0: one region, the grid itself."""
     if not window:
-        return [Region(slice(0, height), slice(0, width), (1, 1), (height, width), slice(0, 1))]
-    found, start = [], 0
+        return [Region(slice(0, height), slice(0, width), (1, 1), (height, width), (0,))]
+    found, total = [], num_windows(height, width, window)[1]
     for rows, h in _spans(height, window):
         for cols, w in _spans(width, window):
-            count = ((rows.stop - rows.start) // h, (cols.stop - cols.start) // w)
-            found.append(Region(rows, cols, count, (h, w), slice(start, start + count[0] * count[1])))
-            start = found[-1].numbers.stop
+            down, across = (rows.stop - rows.start) // h, (cols.stop - cols.start) // w
+            first = rows.start // window * total + cols.start // window
+            numbers = tuple(first + i * total + j for i in range(down) for j in range(across))
+            found.append(Region(rows, cols, (down, across), (h, w), numbers))
     return found
 
 
-def region_order(height: int, width: int, window: int) -> list[int]:
-    """The windows' numbers, row by row over the whole grid, in the order in which regions hold them."""
-    across = num_windows(height, width, window)[1]
-    order = []
-    for region in regions(height, width, window):
-        top, left = region.rows.start // window, region.cols.start // window
-        order += [(top + i) * across + left + j for i in range(region.count[0]) for j in range(region.count[1])]
-    return order
+def merge(pieces: Sequence[torch.Tensor], places: Sequence[Region]) -> torch.Tensor:
+    """The grid whose windows these are: [down, across, B, h, w, ...] of every region -> [B, H, W, ...]."""
+    like, last = pieces[0], places[-1]
+    if not exporting():  # every value is copied once
+        grid = like.new_empty(like.shape[2], last.rows.stop, last.cols.stop, *like.shape[5:])
+        for piece, region in zip(pieces, places):
+            region.windows(grid).copy_(piece)
+        return grid
+    bands: dict[int, list[torch.Tensor]] = {}
+    for piece, region in zip(pieces, places):
+        # [down, across, B, h, w, ...] -> [B, down, h, across, w, ...] -> [B, down*h, across*w, ...]
+        part = piece.permute(2, 0, 3, 1, 4, *range(5, piece.dim())).flatten(3, 4).flatten(1, 2)
+        bands.setdefault(region.rows.start, []).append(part)
+    return torch.cat([torch.cat(band, dim=2) for band in bands.values()], dim=1)
+
+
+def exporting() -> bool:
+    """Whether this pass is being written down for another runtime (torch.export, torch.onnx, torch.jit.trace).
+
+    Such graphs hold no writes into views and no scatter: runtimes run them badly or refuse them.
+    """
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _spans(length: int, window: int) -> list[tuple[slice, int]]:

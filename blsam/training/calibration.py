@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..checkpoint import write_atomically
-from ..modeling.blocks import Block, RoutedBlock
+from ..modeling.blocks import RoutedBlock
 from ..modeling.routing import route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
@@ -135,7 +135,7 @@ class Calibration:
         """Passes 1 and 2 from layer `start` on, along the dense model's stream."""
         streams, encoder, config = self.streams, self.encoder, self.encoder.config
         if start == 0:
-            streams.write("dense-0", self._embed)
+            streams.write("dense-0", lambda j: encoder.stem(self.inputs(j)[0][None]))
         for i in range(start, config.depth):
             block, before, after = encoder.blocks[i], f"dense-{i}", f"dense-{i + 1}"
             stage = config.stage_of(i)
@@ -225,21 +225,20 @@ class Calibration:
     @torch.no_grad()
     def _correct(self, start: int) -> None:
         """Both streams stage by stage from `start` on: the student's E-branches learn to come out where the dense does."""
-        streams, config = self.streams, self.encoder.config
+        streams = self.streams
         if start == 0:
             streams.write("student-0", lambda j: streams.read("dense-start", j))
             streams.write("goal-0", lambda j: streams.read("dense-start", j))
         for number in range(start, len(self.encoder.predictors)):
             began = time.perf_counter()
-            layers = [i for i in range(config.depth) if config.stage_of(i) == number]
             streams.write(
-                f"goal-{number + 1}", lambda j, n=number, of=layers: self._dense(streams.read(f"goal-{n}", j), of)
+                f"goal-{number + 1}", lambda j, n=number: self.encoder.run_stage(streams.read(f"goal-{n}", j), n)
             )
-            loss = self._fit_stage(number, layers)
+            loss = self._fit_stage(number)
             streams.write(
                 f"student-{number + 1}",
-                lambda j, n=number, of=layers: self._routed(
-                    streams.read(f"student-{n}", j), n, of, [self.sizes[j]], self.settings.keep_ratio
+                lambda j, n=number: self._routed(
+                    streams.read(f"student-{n}", j), n, [self.sizes[j]], self.settings.keep_ratio
                 ),
             )
             self.progress(
@@ -248,25 +247,18 @@ class Calibration:
             )
             self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
 
-    def _dense(self, x: torch.Tensor, layers: Sequence[int]) -> torch.Tensor:
-        for i in layers:
-            x = Block.forward(self.encoder.blocks[i], x)
-        return x
-
     def _routed(
-        self, x: torch.Tensor, number: int, layers: Sequence[int], sizes: list[tuple[int, int]], keep_ratio: float
+        self, x: torch.Tensor, number: int, sizes: list[tuple[int, int]], keep_ratio: float
     ) -> torch.Tensor:
         """A stage of the student, routed by its own predictor on the stream where the stage begins."""
         with torch.no_grad():
             scores = self.encoder.predictors[number](x)
-        stage = route(scores, scores, self.encoder.config.window, keep_ratio, sizes)
-        for i in layers:
-            x = self.encoder.blocks[i](x, stage)
-        return x
+        return self.encoder.run_stage(x, number, route(scores, scores, self.encoder.config.window, keep_ratio, sizes))
 
     @torch.enable_grad()
-    def _fit_stage(self, number: int, layers: Sequence[int]) -> float:
+    def _fit_stage(self, number: int) -> float:
         """The E-branches of a stage together; the mean loss in the end."""
+        layers = self.encoder.config.layers_of(number)
         blocks = [self.encoder.blocks[i] for i in layers if self.encoder.blocks[i].e_block is not None]
         parameters = [p for block in blocks for p in block.e_block.parameters()]
         side, last = self.streams.shape[1], layers[-1] == self.encoder.config.depth - 1
@@ -277,10 +269,10 @@ class Calibration:
             sizes = [self.sizes[j] for j in photos]
             start = self.streams.read(f"student-{number}", photos)
             goal = self.streams.read(f"goal-{number + 1}", photos)
-            x = self._routed(start, number, layers, sizes, self.ratios[rng.integers(len(self.ratios))])
+            x = self._routed(start, number, sizes, self.ratios[rng.integers(len(self.ratios))])
             if last:
                 real = real_tokens(side, side, torch.tensor(sizes, device=x.device))
-                return cosine_distance(self.encoder.embed(x), self.encoder.embed(goal))[real].mean()
+                return cosine_distance(self._neck(x), self._neck(goal))[real].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
@@ -318,9 +310,15 @@ class Calibration:
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
-    def _embed(self, j: int) -> torch.Tensor:
-        x = self.inputs(j)[0][None]
-        return self.encoder.patch_embed(x) + self.encoder.pos_embed
+    def _neck(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder.neck(x.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
+
+    def _dense(self, image: torch.Tensor) -> torch.Tensor:
+        """The dense model's embedding of an image [1, 3, S, S]."""
+        x = self.encoder.stem(image)
+        for number in (None, *range(len(self.encoder.predictors))):
+            x = self.encoder.run_stage(x, number)
+        return self._neck(x)
 
     @torch.no_grad()
     def cosines(self, keep_ratios: Sequence[float]) -> list[float]:
@@ -329,7 +327,7 @@ class Calibration:
         for j in self.held_out:
             x, size = self.inputs(j)
             real = real_tokens(side, side, torch.tensor([size], device=x.device))
-            dense = self.encoder.embed(self._dense(self._embed(j), range(self.encoder.config.depth)))
+            dense = self._dense(x[None])
             ours = [self.encoder(x[None], true_sizes=[size], keep_ratio=k) for k in keep_ratios]
             found.append([1 - cosine_distance(one, dense)[real].mean().item() for one in ours])
         return np.mean(found, axis=0).tolist()
@@ -378,9 +376,9 @@ class Calibration:
         for i in self.layers:
             kind = self.encoder.config.is_global(i)
             if kind not in cost:
-                self._dense(x, [i]).sum().item()  # once to warm up; .item() waits for the device
+                self.encoder.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
                 began = time.perf_counter()
-                self._dense(x, [i]).sum().item()
+                self.encoder.blocks[i].dense(x).sum().item()
                 cost[kind] = time.perf_counter() - began
         through = sum(cost[self.encoder.config.is_global(i)] for i in self.layers)
         fit = seconds * through / cost[self.encoder.config.is_global(self.layers[0])]
