@@ -65,7 +65,7 @@ class Attention(nn.Module):
             y = product(q, *grid_rel_pos(q, down[:h], across[:w]), product.keys(kv))
             # [G, heads, h*w, d] -> [down, across, B, h, w, heads, d]
             pieces.append(y.unflatten(2, region.shape).unflatten(0, (*region.count, -1)).movedim(3, 5))
-        return merge(pieces, places).view(len(qkv), self.inner)
+        return merge(pieces, places).view(-1, self.inner)
 
     def _chosen(self, q: torch.Tensor, kv: torch.Tensor, queries: Queries, grid: torch.Size) -> torch.Tensor:
         """Some tokens ask, group by group: q [P, inner], kv of all tokens (or of these) -> [P, inner]."""
