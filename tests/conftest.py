@@ -1,17 +1,13 @@
 """What several test files share: tiny models, random weights everywhere, the reference encoder, the data folder."""
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from blsam.config import EncoderConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-from benchmark_row import reference_encoder  # noqa: E402, F401 (segment_anything's encoder, for several test files)
+from scripts.benchmarks.benchmark_row import reference_encoder  # noqa: F401 (for several test files)
 
 torch.set_num_threads(2)  # other work shares the machine
 

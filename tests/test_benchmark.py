@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark import agreement, parse_args, rows_of, statistics_of
-from benchmark_row import Row, build, fits, time_from_parts
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+from scripts.benchmarks import benchmark_row
+from scripts.benchmarks.benchmark import agreement, parse_args, rows_of, statistics_of
+from scripts.benchmarks.benchmark_row import Row, build, fits, time_from_parts
+
+ROOT = Path(__file__).resolve().parents[1]
 ROW = Row("vit_t", "float32", None, 64, 1, None, None, "cpu", 2, False)
 
 
@@ -52,7 +54,7 @@ def test_same_weights_in_every_row_and_what_is_compared():
 def test_maps_that_do_not_fit_are_noticed_and_put_together_from_parts(monkeypatch):
     assert fits(replace(ROW, model="segment_anything:vit_t")) and fits(replace(ROW, image_size=16384))
     assert not fits(replace(ROW, model="segment_anything:vit_b", image_size=16384))
-    monkeypatch.setattr("benchmark_row._median", lambda f: (f(), 1.0)[1])  # every part runs and counts one second
+    monkeypatch.setattr(benchmark_row, "_median", lambda f: (f(), 1.0)[1])  # every part runs and counts one second
     row = replace(ROW, model="segment_anything:vit_t", image_size=256, batch_size=2)
     layers = 8 * 1 + 4 * (1 + 3 * 1)  # window layers; global ones: linear parts and three heads
     assert time_from_parts(row) == 2 * (layers + 1)
@@ -63,7 +65,8 @@ def test_a_run(tmp_path):
     models = "segment_anything:vit_t,vit_t,blsam_vit_t"
     command = [
         sys.executable,
-        str(SCRIPTS / "benchmark.py"),
+        "-m",
+        "scripts.benchmarks.benchmark",
         "--models",
         models,
         "--image-sizes",
@@ -71,11 +74,13 @@ def test_a_run(tmp_path):
         "--rounds",
         "2",
     ]
-    done = subprocess.run([*command, "--profile", "-o", tmp_path / "rows.jsonl"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--profile", "-o", tmp_path / "rows.jsonl"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and all(row["median_s"] > 0 and row["processor"] for row in rows)
     assert rows[1]["largest_gap_in_std"] <= 1e-4
     assert sum(rows[1]["profile"].values()) == pytest.approx(1)
-    done = subprocess.run([*command, "--dtypes", "float8"], capture_output=True, text=True)
+    done = subprocess.run([*command, "--dtypes", "float8"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "no dtype 'float8'" in done.stderr

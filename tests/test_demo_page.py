@@ -304,8 +304,9 @@ def test_on_a_phone(visit):
 def test_the_readme_s_pictures_can_be_made(tmp_path):
     if CHROMIUM is None:
         pytest.skip("chromium is not installed (Debian: apt-get install chromium)")
-    command = [sys.executable, str(ROOT / "scripts" / "make_pictures.py"), "-o", str(tmp_path)]
-    made = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    command = [sys.executable, "-m", "scripts.studies.make_pictures", "-o", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    made = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert made.returncode == 0, made.stderr
     cup, routing, page = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int) for name in
                           ("cup", "routing", "demo"))  # fmt: skip

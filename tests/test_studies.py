@@ -3,14 +3,9 @@
 import json
 from dataclasses import replace
 
-import benchmark_training
 import numpy as np
-import plot_training
 import pytest
-import study_elastic
-import study_training
 import torch
-from routing_on_objects import coverage, figures
 from training import write_coco, write_photos
 
 from blsam import sam_model_registry
@@ -21,6 +16,10 @@ from blsam.evaluation.prompted import PromptedIoU, object_ious, predict_objects
 from blsam.evaluation.protocols import PROTOCOLS
 from blsam.images import read_image
 from blsam.predictor import SamPredictor
+from scripts import plot_training
+from scripts.benchmarks import benchmark_training
+from scripts.studies import study_elastic, study_training
+from scripts.studies.routing_on_objects import coverage, figures
 
 
 @pytest.fixture(scope="module")

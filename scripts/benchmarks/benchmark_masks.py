@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """From a click to a mask, and "everything" on one photo: time by part, and memory, against segment_anything's code.
 
-    python scripts/benchmark_masks.py                          # scikit-image's coffee cup, the dense model that ships
-    python scripts/benchmark_masks.py --photo street.jpg --image-size 1024 --rounds 5
+    python -m scripts.benchmarks.benchmark_masks                   # scikit-image's coffee cup, the dense model that ships
+    python -m scripts.benchmarks.benchmark_masks --photo street.jpg --image-size 1024 --rounds 5
 
 Both generators get the same model and the same thresholds, take turns, and must find the same masks. Thresholds are
 lower than SAM's defaults, because the small model is less sure than SAM; --pred-iou-thresh sets how much passes.
@@ -21,12 +20,12 @@ from typing import Any
 import numpy as np
 import segment_anything
 import torch
-from benchmark_row import memory_now, memory_peak
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from blsam.cli import find_checkpoint
 from blsam.evaluation.commands import run_script
 from blsam.images import read_image
+from scripts.benchmarks.benchmark_row import memory_now, memory_peak
 
 GENERATORS = ("segment_anything", "blsam")
 
@@ -124,7 +123,7 @@ def main() -> int:
     click(args)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     workers = {
-        which: subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--process", which], **pipes)
+        which: subprocess.Popen([sys.executable, "-m", __spec__.name, *sys.argv[1:], "--process", which], **pipes)
         for which in GENERATORS
     }
     reports: dict[str, list[dict[str, Any]]] = {which: [] for which in GENERATORS}

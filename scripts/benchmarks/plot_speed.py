@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """The two pictures of speed in the README, from the benchmark's rows.
 
-python scripts/plot_speed.py                     # scripts/results/speed/*.jsonl -> docs/speed_*.png
+python -m scripts.benchmarks.plot_speed       # scripts/benchmarks/results/speed/*.jsonl -> docs/speed_*.png
 """
 
 import argparse
@@ -21,7 +20,7 @@ STYLES = {"float32": "o-", "bfloat16": "s--"}
 def read(path: Path) -> list[dict[str, Any]]:
     """The timed rows of a benchmark file."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: make it with the command at the head of scripts/results/speed/README.md")
+        raise FileNotFoundError(f"no {path}: the command is at the head of scripts/benchmarks/results/speed/README.md")
     return [row for row in map(json.loads, path.read_text().splitlines()) if "median_s" in row]
 
 
@@ -74,7 +73,7 @@ def over_pixels(rows: list[dict[str, Any]]) -> Figure:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("scripts/results/speed"), metavar="DIR")
+    parser.add_argument("--results", type=Path, default=Path("scripts/benchmarks/results/speed"), metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), metavar="DIR")
     args = parser.parse_args()
     pictures = {"keep": (over_keep_ratio, "keep.jsonl"), "size": (over_pixels, "size.jsonl")}

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """From a click to a mask on the page of `blsam demo`: decoder and upscaling, the HTTP request, the browser.
 
-    python scripts/benchmark_demo.py                              # scikit-image's coffee cup, the model that ships
-    python scripts/benchmark_demo.py --photo street.jpg --clicks 100 --model vit_t
+    python -m scripts.benchmarks.benchmark_demo                         # scikit-image's coffee cup, the model that ships
+    python -m scripts.benchmarks.benchmark_demo --photo street.jpg --clicks 100 --model vit_t
 
 The server runs in a process of its own. The browser is headless Chromium through Playwright; its time goes from the click
 to the first frame after the mask was drawn. Without Chromium (--chromium PATH) its row is left out.

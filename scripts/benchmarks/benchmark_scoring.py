@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Time and memory of reading annotations and scoring masks at the size of COCO val2017, on synthetic data.
 
-    python scripts/benchmark_scoring.py                # 5,000 images, 36,781 annotations, 80 categories
+    python -m scripts.benchmarks.benchmark_scoring          # 5,000 images, 36,781 annotations, 80 categories
 
 Objects are polygons of 24 corners in 640 x 480, their areas spread as COCO's are; predictions are the true masks moved
 by a few pixels. Making the data is not timed.

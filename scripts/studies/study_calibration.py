@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """What calibration is worth, and what of it: one JSON line a variant, measured on photos that it has not seen.
 
-    python scripts/study_calibration.py routing  --checkpoint vit_t.safetensors --images PHOTOS --test-images OTHERS \
-        --annotations instances_val2017.json --annotation-images val2017 --output routing.jsonl
-    python scripts/study_calibration.py photos   ... --output photos.jsonl     (4, 16, 64, 256 of them)
-    python scripts/study_calibration.py steps    ... --output steps.jsonl      (0 is the closed form alone)
-    python scripts/study_calibration.py heads    ... --output heads.jsonl      (of the narrow attention over the image)
-    python scripts/study_calibration.py kinds    ... --kind streets=DIR --kind faces=DIR --output kinds.jsonl
+    python -m scripts.studies.study_calibration routing  --checkpoint vit_t.safetensors --images PHOTOS \
+        --test-images OTHERS --annotations instances_val2017.json --annotation-images val2017 --output routing.jsonl
+    python -m scripts.studies.study_calibration photos   ... --output photos.jsonl     (4, 16, 64, 256 of them)
+    python -m scripts.studies.study_calibration steps    ... --output steps.jsonl      (0 is the closed form alone)
+    python -m scripts.studies.study_calibration heads    ... --output heads.jsonl      (narrow ones over the image)
+    python -m scripts.studies.study_calibration kinds    ... --kind streets=DIR --kind faces=DIR --output kinds.jsonl
 
 routing: zero and fitted E-branches, each routed at random, by token norm and by the fitted predictors. --test-images: 32
 of them, seeded; the cosine to the dense embedding is a mean over their real tokens. Box mean IoU as

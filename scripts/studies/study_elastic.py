@@ -1,12 +1,11 @@
-#!/usr/bin/env python3
 """One checkpoint at many keep ratios beside its dense model: mean IoU over measured seconds and over operations.
 
-    python scripts/study_elastic.py --annotations instances_val2017.json --annotation-images val2017 \
-        --results scripts/results/training/elastic.jsonl --picture docs/elastic.png
+    python -m scripts.studies.study_elastic --annotations instances_val2017.json --annotation-images val2017 \
+        --results scripts/studies/results/training/elastic.jsonl --picture docs/elastic.png
 
 Objects are prompted with their box and with one point in the middle, protocol `paper`; encoders are timed in turn in
-one run, plain and with torch.compile, as scripts/benchmark.py does it. A keep ratio outside --trained is drawn hollow.
---picture alone draws results that are there.
+one run, plain and with torch.compile, as scripts/benchmarks/benchmark.py does it. A keep ratio outside --trained is
+drawn hollow. --picture alone draws results that are there.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark import compare, processor
-from benchmark_row import Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -34,6 +31,8 @@ from blsam.data.annotations import Annotations
 from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.evaluation.report import provenance
+from scripts.benchmarks.benchmark import compare, processor
+from scripts.benchmarks.benchmark_row import Row
 
 PROMPTS = {"box": "box", "center": "one point in the middle"}
 

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Whether the wide blocks run on objects: the share of prime tokens on annotated objects beside the objects' area.
 
-    python scripts/routing_on_objects.py --annotations instances_val2017.json --annotation-images val2017
+    python -m scripts.studies.routing_on_objects --annotations instances_val2017.json --annotation-images val2017
 
 A token counts by the part of its pixels that lies on an object, crowds included; only tokens of the photo count, not
 padding. In every window the same share of the tokens is prime, so no choice can put all of them on objects: `best` is

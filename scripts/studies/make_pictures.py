@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """README's pictures of the model that ships, made again: a mask, the routing, the page.
 
-    python scripts/make_pictures.py               # docs/cup.png, docs/routing.png, docs/demo.png
+    python -m scripts.studies.make_pictures      # docs/cup.png, docs/routing.png, docs/demo.png
 
 The page wants Chromium (--chromium PATH) and Playwright, as the tests of the demo do. The photo is scikit-image's.
 """
@@ -13,16 +12,16 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from benchmark_demo import served
 from PIL import Image
 from skimage import data
-from visualize_routing import draw
 
 from blsam import SamPredictor, sam_model_registry
 from blsam.checkpoint import write_atomically
 from blsam.cli import DEFAULT_MODEL, find_checkpoint
 from blsam.cli import main as command_line
 from blsam.evaluation.commands import run_script
+from scripts.benchmarks.benchmark_demo import served
+from scripts.visualize_routing import draw
 
 KEEP_RATIO, BOX = 0.25, (160, 10, 400, 245)
 READY = "document.getElementById('status').textContent.includes('ready')"

@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """The forms that attention with SAM's decomposed positions can take, timed in turn on one layer over the whole image.
 
-    python scripts/benchmark_attention.py                              # ViT-B's global layer at 1024, on this CPU
-    python scripts/benchmark_attention.py --device cuda --keep-ratio 0.25 --json attention.jsonl
+    python -m scripts.benchmarks.benchmark_attention                   # ViT-B's global layer at 1024, on this CPU
+    python -m scripts.benchmarks.benchmark_attention --device cuda --keep-ratio 0.25 --json attention.jsonl
 
 All forms get the same q, k, v and the same position logits; the largest gap to float64 stands beside each time.
 

@@ -1,9 +1,8 @@
-#!/usr/bin/env python3
 """What each part of a trained bLSAM is worth: equal steps without distillation, without routing that is learnt, ...
 
-    python scripts/study_training.py --teacher-checkpoint vit_t.safetensors --init CALIBRATED --data PHOTOS \
+    python -m scripts.studies.study_training --teacher-checkpoint vit_t.safetensors --init CALIBRATED --data PHOTOS \
         --annotations instances_val2017.json --annotation-images val2017 \
-        --results scripts/results/training/controls.jsonl --picture docs/training.png
+        --results scripts/studies/results/training/controls.jsonl --picture docs/training.png
 
 --init: what `blsam calibrate` made of the teacher. Every run (variant x seed) is one line of the results: what validation
 on held-out photos measured on the way, and the IoU of the annotated objects in the end, photo by photo, so that runs can

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""The picture of calibration in the README, from the rows of scripts/study_calibration.py.
+"""The picture of calibration in the README, from the rows of scripts/studies/study_calibration.py.
 
-python scripts/plot_calibration.py               # scripts/results/calibration/*.jsonl -> docs/calibration.png
+python -m scripts.studies.plot_calibration     # scripts/studies/results/calibration/*.jsonl -> docs/calibration.png
 """
 
 import argparse
@@ -21,7 +20,7 @@ COLOURS = {0.1: "tab:red", 0.25: "tab:orange", 0.5: "tab:green"}  # by keep rati
 
 def read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: make it with scripts/study_calibration.py")
+        raise FileNotFoundError(f"no {path}: make it with scripts/studies/study_calibration.py")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
@@ -51,7 +50,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], key: str, label: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("scripts/results/calibration"))
+    parser.add_argument("--results", type=Path, default=Path("scripts/studies/results/calibration"))
     parser.add_argument("--output", type=Path, default=Path("docs/calibration.png"))
     args = parser.parse_args()
     figure = Figure((8, 3.4), layout="constrained")

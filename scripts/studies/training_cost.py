@@ -1,12 +1,12 @@
-#!/usr/bin/env python3
 """What training on 2 % of SA-1B would take: an estimate from operation counts and published throughputs.
 
-    python scripts/training_cost.py [--fraction 0.02] [--epochs 10] [--gpus 8] [--nodes 1]
+    python -m scripts.studies.training_cost [--fraction 0.02] [--epochs 10] [--gpus 8] [--nodes 1]
 
 Nothing of it was measured on a GPU by us. Assumptions: a GPU computes the dense encoder at the images a second that
 segment-anything-fast published for one A100 40 GB (bfloat16, compiled, scaled_dot_product_attention, batch 8); the
 student's forward pass costs its share of operations, its backward pass twice that, at the same rate; decoder, prompts
-and optimiser add the share measured here (scripts/results/training). SA-1B: 11,185,362 photos in 1,000 tars, 10.3 TiB.
+and optimiser add the share measured here (scripts/studies/results/training). SA-1B: 11,185,362 photos in 1,000 tars,
+10.3 TiB.
 """
 
 from __future__ import annotations

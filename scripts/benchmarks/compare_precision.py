@@ -1,8 +1,7 @@
-#!/usr/bin/env python3
 """How far bfloat16 moves the embedding and the choice of prime tokens, on photos, for several keep ratios.
 
-python scripts/compare_precision.py --images val2017 --limit 50
-python scripts/compare_precision.py --model blsam_vit_b --checkpoint mine.safetensors --images val2017
+python -m scripts.benchmarks.compare_precision --images val2017 --limit 50
+python -m scripts.benchmarks.compare_precision --model blsam_vit_b --checkpoint mine.safetensors --images val2017
 """
 
 import argparse

@@ -1,11 +1,10 @@
-#!/usr/bin/env python3
 """Time, memory and agreement of image encoders, in turn in one run.
 
-    python scripts/benchmark.py --models segment_anything:vit_b,vit_b,blsam_vit_b          # 1024, both dtypes
-    python scripts/benchmark.py --models vit_t,blsam_vit_t --image-sizes 512,1024 --rounds 15
-    python scripts/benchmark.py --models blsam_vit_b --keep-ratios 0.1,0.25,0.5,1 --dtypes bfloat16
-    python scripts/benchmark.py --models vit_b --profile                                   # where the time goes
-    python scripts/benchmark.py --models vit_h,blsam_vit_h --device cuda --batch-sizes 1,4
+    python -m scripts.benchmarks.benchmark --models segment_anything:vit_b,vit_b,blsam_vit_b   # 1024, both dtypes
+    python -m scripts.benchmarks.benchmark --models vit_t,blsam_vit_t --image-sizes 512,1024 --rounds 15
+    python -m scripts.benchmarks.benchmark --models blsam_vit_b --keep-ratios 0.1,0.25,0.5,1 --dtypes bfloat16
+    python -m scripts.benchmarks.benchmark --models vit_b --profile                            # where the time goes
+    python -m scripts.benchmarks.benchmark --models vit_h,blsam_vit_h --device cuda --batch-sizes 1,4
 
 Every row is a process of its own that holds one model; rows of one image and batch size take turns, one forward pass
 each, so that a noisy hour falls on all of them. Weights are random but the same (--checkpoint gives real ones); the
@@ -28,7 +27,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
 from tqdm import tqdm
 
 from blsam.cli import parse_device
@@ -36,6 +34,8 @@ from blsam.config import CONFIGS
 from blsam.evaluation.commands import run_script
 from blsam.evaluation.report import provenance
 from blsam.precision import DTYPES, resolve_dtype
+from scripts.benchmarks import benchmark_row
+from scripts.benchmarks.benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
 
 # --- in turn ---------------------------------------------------------------------------------------------------------
 
@@ -45,8 +45,7 @@ class Worker:
 
     def __init__(self, row: Row, embedding_file: Path) -> None:
         self.row, self.embedding_file, self.seconds = row, embedding_file, []
-        script = Path(__file__).with_name("benchmark_row.py")
-        command = [sys.executable, str(script), json.dumps(asdict(row)), str(embedding_file)]
+        command = [sys.executable, "-m", benchmark_row.__name__, json.dumps(asdict(row)), str(embedding_file)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.report = self._read()  # waits: no other row runs while this one is built
 

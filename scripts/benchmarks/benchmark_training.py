@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Where the seconds of a training step go, its memory, and how many images a second the data side alone delivers.
 
-    python scripts/benchmark_training.py --model blsam_vit_t --init blsam_vit_t.safetensors --teacher vit_t \
+    python -m scripts.benchmarks.benchmark_training --model blsam_vit_t --init blsam_vit_t.safetensors --teacher vit_t \
         --teacher-checkpoint vit_t.safetensors --data PHOTOS --image-size 512 --steps 10 --json training.jsonl
 
 Options as of train_sam.py, with --steps, without --output; the first step, which allocates and compiles, is not
