@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare a result of the evaluation scripts with one that is committed.
 
-    python scripts/check_results.py out.json scripts/results/expected/coco_box.json [--tolerance 0.1]
+    python scripts/check_results.py out.json scripts/expected/coco_box.json [--tolerance 0.1]
 
 Figures (percent) may differ by the tolerance; counts, rules and the checkpoint's hash may not. Exit status 0 or 1.
 """

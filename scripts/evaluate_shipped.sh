@@ -19,10 +19,10 @@ evaluate() { # name, script, options
   echo "== $name: scripts/$script.py $*"
   python "scripts/$script.py" "$@" --output "runs/shipped/$name" --json "runs/shipped/$name.json"
   if [ -n "${UPDATE:-}" ]; then
-    mkdir -p scripts/results/expected
-    cp "runs/shipped/$name.json" "scripts/results/expected/$name.json"
+    mkdir -p scripts/expected
+    cp "runs/shipped/$name.json" "scripts/expected/$name.json"
   else
-    python scripts/check_results.py "runs/shipped/$name.json" "scripts/results/expected/$name.json" || failed=1
+    python scripts/check_results.py "runs/shipped/$name.json" "scripts/expected/$name.json" || failed=1
   fi
 }
 

@@ -1,47 +1,82 @@
-"""What several test files share: tiny models, random weights everywhere, the reference encoder, the data folder."""
+"""Fixtures that several folders use."""
 
-import os
-import sys
-from dataclasses import replace
-from pathlib import Path
+import json
 
+import numpy as np
+import pytest
 import torch
+from PIL import Image
 
-from blsam.config import EncoderConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-from benchmark_row import reference_encoder  # noqa: E402, F401 (segment_anything's encoder, for several test files)
+from blsam import SamPredictor, sam_model_registry
+from blsam.checkpoint import save
+from blsam.cli import shipped_checkpoint
+from blsam.images import read_image
+from tests.helpers import DATA
+from tests.photos import coco_photos, write_coco, write_photos
 
 torch.set_num_threads(2)  # other work shares the machine
 
-TINY = EncoderConfig(
-    "tiny",
-    dim=64,
-    depth=4,
-    heads=4,
-    global_layers=(1, 3),
-    window=7,
-    e_dim=16,
-    e_heads=4,
-    e_layers=(1, 3),
-    predictor_layers=(0, 2),
-)
-TINY_EXACT = replace(TINY, name="tiny_exact", e_dim=0, e_heads=0, e_layers=(), predictor_layers=())
-TINY_SIZE = 160
 
-DATA = Path(os.environ.get("BLSAM_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+@pytest.fixture
+def dataset(tmp_path):
+    """Makes a file with annotations on two photos of 4 x 4 pixels."""
+
+    def make(annotations, lvis=False, files=("1.png", "2.png"), **changes):
+        images = [{"id": i, "file_name": f"{i}.png", "height": 4, "width": 4} for i in (2, 1)]
+        if lvis:
+            more = {"neg_category_ids": [], "not_exhaustive_category_ids": []}
+            images = [
+                {"id": i, "coco_url": f"http://x/train2017/{i}.png", "height": 4, "width": 4} | more for i in (2, 1)
+            ]
+        for name in files:
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / name)
+        content = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": 1, "name": "a", "frequency": "f"}],
+        }
+        path = tmp_path / "annotations.json"
+        path.write_text(json.dumps(content | changes))
+        return path, tmp_path
+
+    return make
 
 
-def randomize(model, std=0.05, seed=0):
-    """Move every parameter, so that nothing hides behind a zero (positions, last linears, alpha, gamma)."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += std * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+@pytest.fixture(scope="session")
+def annotated(tmp_path_factory):
+    """A folder of photos and their json in COCO's format."""
+    folder = write_photos(tmp_path_factory.mktemp("photos"))
+    return folder, write_coco(folder, folder.parent / "annotations.json")
 
 
-def gap(a, b):
-    """Largest difference over the standard deviation of b."""
-    return ((a - b).abs().max() / b.std()).item()
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """Random weights of the dense and the routed model at 64, the latter warm-started from the former."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    paths = {name: folder / f"{name}.safetensors" for name in ("vit_t", "blsam_vit_t")}
+    for name, start in (("vit_t", None), ("blsam_vit_t", paths["vit_t"])):
+        sam = sam_model_registry[name](start, image_size=64)
+        save(paths[name], sam.state_dict(), {"model": name, "image_size": "64"})
+    return paths
+
+
+@pytest.fixture(scope="session")
+def small():
+    return sam_model_registry["blsam_vit_t"](shipped_checkpoint("blsam_vit_t"), image_size=256)
+
+
+@pytest.fixture(scope="session")
+def predictor():
+    """The dense model that ships, on the first COCO photo."""
+    if not (DATA / "coco").is_dir():
+        pytest.skip("no coco photos (BLSAM_DATA)")
+    predictor = SamPredictor(sam_model_registry["vit_t"](shipped_checkpoint("vit_t")))
+    predictor.photo = coco_photos(1).photos[0]
+    predictor.set_image(read_image(predictor.photo.path, upright=False))
+    return predictor
+
+
+@pytest.fixture(scope="session")
+def targets(predictor):
+    return coco_photos(1).targets(predictor.photo, crowd=False)[0]

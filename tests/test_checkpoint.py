@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, TINY_EXACT, randomize
 
 from blsam import build_sam, sam_model_registry
 from blsam import checkpoint as ckpt
+from tests.helpers import TINY, TINY_EXACT, randomize
 
 
 def make(config=TINY, **kwargs):
@@ -120,3 +120,10 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
         ckpt.write_atomically(path, lambda temporary: 1 / 0)
     assert os.listdir(tmp_path) == ["model.safetensors"]
     assert torch.equal(ckpt.read(path)[0]["a"], torch.ones(2))
+
+
+@pytest.mark.parametrize("suffix", ckpt.SUFFIXES)
+def test_nan_is_not_saved(tmp_path, suffix):
+    with pytest.raises(ckpt.CheckpointError, match="not finite"):
+        ckpt.save(tmp_path / f"model{suffix}", {"a": torch.tensor([1.0, float("nan")])}, {})
+    assert os.listdir(tmp_path) == [], "something was left behind"

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, TINY_EXACT, TINY_SIZE, randomize
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
 from blsam.cli import shipped_checkpoint
 from blsam.modeling.image_encoder import ImageEncoder
 from blsam.precision import has_bfloat16, resolve_dtype
+from tests.helpers import TINY, TINY_EXACT, TINY_SIZE, randomize
 
 
 def test_names():

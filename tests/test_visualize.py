@@ -1,14 +1,8 @@
 """Pictures of the routing, pixel by pixel where that can be said."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from skimage import data
 
 from blsam.modeling.routing import Routing, Stage
 from blsam.visualize import draw_heat, draw_prime, routing_figure, to_photo
@@ -40,16 +34,3 @@ def test_figure_has_a_panel_for_every_stage():
     assert len(titles) == 6 and titles[1] == "after layer 0: 25 % prime" and titles[2] == "after layer 3: 25 % prime"
     with pytest.raises(ValueError, match="no routing"):
         routing_figure(np.zeros((64, 64, 3), np.uint8), Routing(), (64, 64), ())
-
-
-@pytest.mark.e2e
-def test_the_script_on_a_photo(tmp_path):
-    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
-    script = Path(__file__).resolve().parents[1] / "scripts" / "visualize_routing.py"
-    command = [sys.executable, str(script), str(tmp_path / "cat.png"), "-o", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    picture = Image.open(tmp_path / "out" / "cat.png")
-    assert picture.width > 1000
-    done = subprocess.run([*command[:2], str(tmp_path / "none.png")], capture_output=True, text=True)
-    assert done.returncode == 2 and "no image at" in done.stderr and "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ value for the key's row and one for its column. All forms have one interface and
     keys = product.keys(kv)                    # once for all queries
     out = product(q, rel_h * product.scale, rel_w * product.scale, keys)
 
-Which is the fastest was measured (`scripts/benchmarks/attention.py`); `choose_form` is where that is decided.
+Which is the fastest was measured (`scripts/benchmarks/benchmark_attention.py`); `choose_form` is where that is decided.
 """
 
 from __future__ import annotations

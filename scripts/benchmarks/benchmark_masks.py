@@ -1,0 +1,151 @@
+"""From a click to a mask, and "everything" on one photo: time by part, and memory, against segment_anything's code.
+
+    python -m scripts.benchmarks.benchmark_masks                   # scikit-image's coffee cup, the dense model that ships
+    python -m scripts.benchmarks.benchmark_masks --photo street.jpg --image-size 1024 --rounds 5
+
+Both generators get the same model and the same thresholds, take turns, and must find the same masks. Thresholds are
+lower than SAM's defaults, because the small model is less sure than SAM; --pred-iou-thresh sets how much passes.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import segment_anything
+import torch
+
+from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from blsam.cli import find_checkpoint
+from blsam.evaluation.commands import run_script
+from blsam.images import read_image
+from scripts.benchmarks.benchmark_row import memory_now, memory_peak
+
+GENERATORS = ("segment_anything", "blsam")
+
+
+def load(args: argparse.Namespace) -> tuple[Any, np.ndarray]:
+    if args.photo:
+        image = read_image(args.photo)
+    else:
+        from skimage import data
+
+        image = data.coffee()
+    return sam_model_registry[args.model](
+        find_checkpoint(args.model, args.checkpoint), image_size=args.image_size
+    ), image
+
+
+@contextmanager
+def timed(seconds: dict[str, float], owner: Any, name: str, part: str):
+    """Book the time of a method under a part."""
+    method = getattr(owner, name)
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = method(*args, **kwargs)
+        seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+        return result
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+
+
+def everything(args: argparse.Namespace, which: str) -> None:
+    """A process that makes all masks of the photo for every line on standard input."""
+    sam, image = load(args)
+    kind = SamAutomaticMaskGenerator if which == "blsam" else segment_anything.SamAutomaticMaskGenerator
+    options = {"pred_iou_thresh": args.pred_iou_thresh, "stability_score_thresh": args.stability_score_thresh}
+    generator = kind(sam, output_mode="coco_rle", **options)
+    generator.predictor = SamPredictor(sam)  # one encoder path for both
+    base = memory_now(False, reset=True)
+    for _ in sys.stdin:
+        seconds: dict[str, float] = {}
+        with (
+            timed(seconds, generator.predictor, "set_image", "encoder"),
+            timed(seconds, sam.mask_decoder, "forward", "decoder"),
+            timed(seconds, sam, "postprocess_masks", "scaling up"),
+        ):
+            start = time.perf_counter()
+            masks = generator.generate(image)
+        seconds["all"] = time.perf_counter() - start
+        seconds["filters, run-lengths, NMS"] = 2 * seconds["all"] - sum(seconds.values())
+        found = sorted((mask["bbox"], mask["segmentation"]["counts"]) for mask in masks)
+        report = {"seconds": seconds, "peak_gb": memory_peak(False) - base, "masks": len(masks), "found": found}
+        print(json.dumps(report), flush=True)
+
+
+@torch.no_grad()
+def click(args: argparse.Namespace) -> None:
+    """Decoder and upscaling of one click, three masks."""
+    sam, image = load(args)
+    predictor = SamPredictor(sam)
+    predictor.set_image(image)
+    height, width = image.shape[:2]
+    points = np.random.default_rng(0).uniform((0, 0), (width, height), (25, 2))
+    seconds = []
+    for point in points:
+        start = time.perf_counter()
+        predictor.predict(point[None], np.array([1]))
+        seconds.append(time.perf_counter() - start)
+    low, median, high = np.quantile(seconds[5:], (0.25, 0.5, 0.75)) * 1e3
+    print(f"one click, {width} x {height}: {median:.1f} ms (quartiles {low:.1f} to {high:.1f})")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--photo", type=Path)
+    add("--model", default="vit_t", choices=[name for name in sam_model_registry if name != "default"])
+    add("--checkpoint", type=Path)
+    add("--image-size", type=int)
+    add("--pred-iou-thresh", type=float, default=0.2)
+    add("--stability-score-thresh", type=float, default=0.2)
+    add("--rounds", type=int, default=3)
+    add("--process", choices=GENERATORS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_args()
+    if args.process:
+        everything(args, args.process)
+        return 0
+    click(args)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = {
+        which: subprocess.Popen([sys.executable, "-m", __spec__.name, *sys.argv[1:], "--process", which], **pipes)
+        for which in GENERATORS
+    }
+    reports: dict[str, list[dict[str, Any]]] = {which: [] for which in GENERATORS}
+    for _ in range(args.rounds + 1):
+        for which, worker in workers.items():
+            worker.stdin.write("go\n")
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+            if not line:
+                raise ValueError(f"the generator of {which} failed: see above")
+            reports[which].append(json.loads(line))
+    for worker in workers.values():
+        worker.stdin.close()
+        worker.wait()
+    for which, found in reports.items():
+        parts = {part: statistics.median(r["seconds"].get(part, 0) for r in found[1:]) for part in found[0]["seconds"]}
+        text = ", ".join(f"{part} {value:.2f} s" for part, value in parts.items())
+        print(f"everything, {which:<17}{text}; {found[-1]['masks']} masks, peak {found[-1]['peak_gb']:.2f} GB")
+    same = reports["blsam"][-1]["found"] == reports["segment_anything"][-1]["found"]
+    print("the same masks" if same else "the masks differ")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    run_script("benchmark_masks", main)

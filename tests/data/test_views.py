@@ -1,0 +1,103 @@
+"""Views of photos, in an order that depends on seed and epoch alone."""
+
+import tarfile
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from blsam.data.sa1b import list_photos
+from blsam.data.views import TarViews, Views, ViewSettings, batches
+from tests.photos import write_photos, write_tars
+
+SETTINGS = ViewSettings(image_size=128, max_objects=4, seed=3)
+
+
+def _same(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("image", "masks", "boxes"))
+
+
+def test_views_depend_on_seed_epoch_and_photo_alone(photos):
+    first, second = (Views(list_photos([photos]), SETTINGS) for _ in range(2))
+    for i in (7, 2, 17, 7):
+        assert _same(first[i], second[i]) and first[i].key == second[i].key
+    assert Counter(first[i].id for i in range(8, 16)) == Counter(p.id for p in list_photos([photos]))
+    by_id = {first[i].id: first[i] for i in range(8)}
+    other = Views(list_photos([photos])[2:], SETTINGS)  # fewer photos, another order: the same view of each
+    for i in range(6):
+        assert _same(other[i], by_id[other[i].id])
+    again = next(first[i] for i in range(8, 16) if first[i].id == "sa_0")
+    assert not _same(again, by_id["sa_0"])
+    few = Views(list_photos([photos]), ViewSettings(128, 4, 3, views=1))
+    assert all(_same(few[i], by_id[few[i].id]) for i in range(8, 12))  # epoch 1 shows the only view
+
+
+def test_boxes_enclose_their_masks(photos):
+    views = Views(list_photos([photos]), SETTINGS)
+    for sample in (views[i] for i in range(20)):
+        assert len(sample.masks)
+        for mask, box in zip(sample.masks, sample.boxes):
+            ys, xs = np.nonzero(mask.numpy() > 0.5)
+            tight = np.array([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]) * 4
+            assert np.abs(tight - box.numpy()).max() <= 4, (tight, box)
+
+
+def test_passes_and_processes_cut_up_the_same_steps():
+    whole = list(batches(2, 4, 12, 1))
+    assert whole == [list(range(24, 36)), list(range(36, 48))]
+    pieces = [list(batches(2, 4, 12, 3, rank, 2)) for rank in range(2)]
+    assert all(len(one) == 2 for piece in pieces for one in piece)
+    steps = [sorted(i for piece in pieces for one in piece[3 * n : 3 * n + 3] for i in one) for n in range(2)]
+    assert steps == whole
+
+
+def _stream(tars, rank=0, world=1, skip=0, batch=2):
+    return TarViews(list_photos(tars), SETTINGS, rank, world, batch, skip)
+
+
+def test_tars_stream_every_photo_once_an_epoch(photos, tars):
+    samples = list(islice(_stream(tars), 16))
+    for epoch in (samples[:8], samples[8:]):
+        assert Counter(s.id for s in epoch) == Counter(p.id for p in list_photos([photos]))
+    files = Views(list_photos([photos]), SETTINGS)
+    by_id = {files[i].id: files[i] for i in range(8)}
+    assert all(_same(s, by_id[s.id]) for s in samples[:8])
+    mine = [{s.id for s in islice(_stream(tars, rank, 2), 4)} for rank in range(2)]
+    assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == 8
+
+
+@pytest.mark.parametrize("workers", (0, 2))
+def test_a_stream_goes_on_where_it_was(tars, workers):
+    def read(skip, count):
+        loader = DataLoader(_stream(tars, skip=skip), 2, num_workers=workers, collate_fn=list)
+        return [s.key for batch in islice(loader, count) for s in batch]
+
+    assert read(6, 3) == read(0, 6)[6:]
+
+
+def test_damaged_photos_are_black_and_named(photos, tmp_path):
+    folder = write_photos(tmp_path / "some", 5)
+    (folder / "sa_0.jpg").write_bytes((folder / "sa_0.jpg").read_bytes()[:2000])
+    (folder / "sa_1.json").write_text('{"annotations": [{"area": 3}]}')
+    (folder / "sa_2.json").write_text("{")
+    (folder / "sa_3.json").write_text((folder / "sa_4.json").read_text())  # masks of a photo of another size
+    views = Views(list_photos([folder]), SETTINGS)
+    found = {views[i].id: views[i] for i in range(5)}
+    assert found["sa_3"].damaged == "sa_3: ValueError a mask of [300, 451] on a photo of [512, 512] (h, w)"
+    assert [name for name in sorted(found) if found[name].damaged] == ["sa_0", "sa_1", "sa_2", "sa_3"]
+    assert found["sa_0"].damaged.startswith("sa_0: ValueError the photo is damaged") and not found["sa_0"].image.any()
+    assert not len(found["sa_1"].masks)
+
+
+def test_what_a_tar_lost_is_named(photos, tmp_path):
+    (tar,) = write_tars(photos, tmp_path, 1)
+    with tarfile.open(tar) as file:
+        cut = file.getmember("./sa_5.json").offset_data + 10
+    listed = list_photos([tar])
+    tar.write_bytes(tar.read_bytes()[:cut])  # the disk lost its end after the run began
+    samples = list(islice(TarViews(listed, SETTINGS, 0, 1, 1, 0), 8))
+    assert sorted(s.id for s in samples if s.damaged) == ["sa_5", "sa_6", "sa_7"]
+    assert all("not to be read from" in s.damaged for s in samples if s.damaged)

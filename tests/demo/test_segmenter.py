@@ -1,0 +1,39 @@
+"""What is kept for visitors, and who has to wait."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from skimage import data
+
+from blsam.demo.photos import Refused
+from blsam.demo.segmenter import MAX_WAITING, Prompt
+from tests.demo.helpers import JPEG, file_of
+
+
+def test_what_is_kept_is_bounded(shared):
+    one = shared.add(JPEG)
+    shared.photos.limit = 3 * one.nbytes
+    kept = [shared.add(file_of(np.roll(data.coffee(), i, 1), "JPEG")) for i in range(1, 9)]
+    assert len(shared.photos) <= 3 and shared.photos.weight <= shared.photos.limit
+    with pytest.raises(Refused, match="open it again"):
+        shared.photo(one.id)
+    shared.encodings.limit = 2 * shared.encode(kept[-1], 0.1).nbytes
+    for ratio in (0.1, 0.2, 0.3, 0.4):
+        shared.encode(kept[-1], ratio)
+    assert len(shared.encodings) == 2 and shared.encodings.get((kept[-1].id, 0.4)) is not None
+
+
+def test_more_than_can_wait_are_told_so(shared, monkeypatch):
+    photo, gate = shared.add(JPEG), threading.Event()
+    shared._model.submit(gate.wait)
+    prompt = Prompt(((270.0, 60.0, 1),))
+    with ThreadPoolExecutor(MAX_WAITING + 5) as pool:
+        waiting = [pool.submit(shared.masks, photo, 0.25, prompt) for _ in range(MAX_WAITING + 5)]
+        refused = []
+        while len(refused) < 5:
+            refused = [job for job in waiting if job.done()]
+        gate.set()
+    errors = [job.exception() for job in waiting if job.exception()]
+    assert len(errors) == 5 and all(error.status == 503 and "try again" in str(error) for error in errors)

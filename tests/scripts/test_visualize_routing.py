@@ -1,0 +1,23 @@
+"""The picture of a photo's routing, as its users make it."""
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from skimage import data
+
+from tests.helpers import ROOT
+
+
+@pytest.mark.e2e
+def test_the_script_on_a_photo(tmp_path):
+    Image.fromarray(data.chelsea()).save(tmp_path / "cat.png")
+    script = ROOT / "scripts" / "visualize_routing.py"
+    command = [sys.executable, str(script), str(tmp_path / "cat.png"), "-o", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(tmp_path / "out" / "cat.png")
+    assert picture.width > 1000
+    done = subprocess.run([*command[:2], str(tmp_path / "none.png")], capture_output=True, text=True)
+    assert done.returncode == 2 and "no image at" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,55 @@
+"""A teacher's embeddings on disk."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from blsam import sam_model_registry
+from blsam.data.sa1b import list_photos
+from blsam.training.embeddings import EmbeddingCache
+from blsam.training.loop import train
+from tests.helpers import ROOT
+from tests.training.helpers import TEACHER, column
+
+CACHE_SCRIPT = ROOT / "scripts" / "cache_embeddings.py"
+
+
+def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
+    made = subprocess.run(
+        [sys.executable, str(CACHE_SCRIPT), "--teacher", "vit_t", "--teacher-checkpoint", str(TEACHER), "--data"]
+        + [
+            str(photos),
+            "--image-size",
+            "128",
+            "--views",
+            "1",
+            "--part-size",
+            "3",
+            "--output",
+            str(tmp_path / "cache"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    assert len(list((tmp_path / "cache").glob("part-*.safetensors"))) == 3
+    one_epoch = replace(settings, steps=2)  # the cache repeats its views, a live run does not
+    train(one_epoch)
+    train(replace(one_epoch, cache=tmp_path / "cache", output=tmp_path / "cached"))
+    live, cached = column(tmp_path / "run", "loss"), column(tmp_path / "cached", "loss")
+    assert (live - cached).abs().max() < 1e-3, (live, cached)
+
+    cache, teacher = EmbeddingCache(tmp_path / "cache"), sam_model_registry["vit_t"](TEACHER, image_size=128)
+    from blsam.data.views import Views, ViewSettings
+
+    sample = Views(list_photos([photos]), ViewSettings(128, 8))[3]
+    with torch.no_grad():
+        expected = teacher.image_encoder(teacher.preprocess(sample.image.float())[None])[0]
+    cosine = torch.cosine_similarity(cache(sample.id, 0).float(), expected, dim=0)
+    assert cosine.min() >= 0.9999, cosine.min()
+
+    with pytest.raises(ValueError, match="was made with image_size 128, this run has 192"):
+        train(replace(one_epoch, cache=tmp_path / "cache", image_size=192, output=tmp_path / "other"))

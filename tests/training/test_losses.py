@@ -1,0 +1,33 @@
+"""Losses by hand."""
+
+import pytest
+import torch
+
+from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, relative_mse_loss, sam_mask_loss
+
+
+def test_losses_on_a_hand_computed_case():
+    target = torch.zeros(1, 4, 4)
+    target[0, :2, :2] = 1
+    perfect = torch.where(target > 0, 50.0, -50.0)[:, None]
+    half = perfect.clone()
+    half[0, 0, 0, :2] = -50
+    assert mask_iou(perfect, target).item() == 1 and mask_iou(half, target).item() == 0.5
+    # the wrong half: focal 20 * 2 pixels * 0.25 * 50 / 16; dice 1 - (2 * 2 + 1) / (2 + 4 + 1)
+    assert sam_mask_loss(perfect, target[:, None]).item() == pytest.approx(0, abs=1e-6)
+    assert sam_mask_loss(half, target[:, None]).item() == pytest.approx(20 * 2 * 0.25 * 50 / 16 + 2 / 7, rel=1e-5)
+    # 1.6 x the 2 x 2 box about (1, 1) reaches the pixel centres at 0.5, 1.5 and 2.5: 9 pixels, 2 of them wrong
+    assert balanced_mask_loss(half, target[:, None]).item() == pytest.approx(2 * 50 / 9 + 2 / 7, rel=1e-5)
+
+
+def test_distillation_losses_on_a_hand_computed_case():
+    # two images of one or two real tokens; the token in the padding would be far off
+    a = torch.tensor([[[1.0, 5.0]], [[0.0, 5.0]]])[None].movedim(2, 3)  # [1, 2, 2, 1]
+    b = torch.tensor([[[1.0, -9.0]], [[1.0, 3.0]]])[None].movedim(2, 3)
+    real = torch.tensor([True, False]).view(1, 2, 1)
+    assert cosine_loss(a, b, real).tolist() == pytest.approx([1 - 0.5**0.5])
+    # three tokens of one channel, the last one padding: errors 1 and 3, the teacher's deviations -2 and 2
+    student, teacher = torch.tensor([2.0, 8.0, 99.0]), torch.tensor([1.0, 5.0, 0.0])
+    real = torch.tensor([True, True, False]).view(1, 1, 3)
+    found = relative_mse_loss(student.view(1, 1, 1, 3), teacher.view(1, 1, 1, 3), real)
+    assert found.tolist() == pytest.approx([(1 + 9) / (4 + 4)])

@@ -1,0 +1,15 @@
+"""Clicks in the loop."""
+
+import torch
+
+from blsam.training.prompts import corrective_clicks
+
+
+def test_corrective_clicks_lie_in_the_error():
+    target = torch.zeros(3, 4, 4)
+    target[0, 1, 2] = 1  # missed: positive
+    logits = torch.full((3, 4, 4), -1.0)
+    logits[1, 3, 0] = 1  # extra: negative; the third is right: no point
+    points, labels = corrective_clicks(logits, target, torch.Generator().manual_seed(0))
+    assert labels[:, 0].tolist() == [1, 0, -1]
+    assert points[0, 0].tolist() == [10, 6] and points[1, 0].tolist() == [2, 14]

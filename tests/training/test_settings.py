@@ -1,0 +1,45 @@
+"""The options of a run."""
+
+import json
+
+import pytest
+
+from blsam.training.settings import build_parser, launcher, parse_settings
+
+
+def test_a_restart_goes_on_in_the_folder_that_it_began_alone(tmp_path, monkeypatch, capsys):
+    command = ["--model", "vit_t", "--data", "photos", "--steps", "1", "--output", str(tmp_path)]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"launcher": launcher()}))
+    assert parse_settings(build_parser(""), command).resume
+    for other in ({"launcher": "another 1"}, {}):
+        config.write_text(json.dumps(other))
+        with pytest.raises(SystemExit):
+            parse_settings(build_parser(""), command)
+        assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more, error",
+    (
+        ([], "give one of --epochs, --steps and --minutes"),
+        (["--steps", "1", "--epochs", "1"], "give one of"),
+        (["--steps", "0"], "--steps must be above 0"),
+        (["--steps", "1", "--teacher", "vit_t"], "go together"),
+        (["--steps", "1", "--batch-size", "6", "--accumulate", "4"], "--batch-size 6 is not a multiple of 4 passes"),
+        (["--steps", "1"], "blsam_vit_t starts from --init or from a dense --teacher"),
+        (["--steps", "1", "--init", "a.pth", "--train", "decoder", "--cache", "c"], "has nothing to teach"),
+        (["--steps", "1", "--init", "a.pth", "--stage", "encoder"], "learns from a --teacher or a --cache"),
+        (["--steps", "1", "--keep-ratio", "0.5,2"], "keep ratios lie in"),
+        (["--minutes", "inf"], "--minutes must be a finite number"),
+        (["--epochs", "nan"], "--epochs must be a finite number"),
+        (["--steps", "1", "--accumulate", "0"], "must be at least 1"),
+        (["--steps", "1", "--keep-ratio", "half"], "keep ratios lie in"),
+    ),
+)
+def test_options_that_do_not_go_together(more, error, tmp_path, capsys):
+    arguments = ["--model", "blsam_vit_t", "--data", "photos", "--output", str(tmp_path / "run"), *more]
+    with pytest.raises(SystemExit) as end:
+        parse_settings(build_parser(""), arguments)
+    assert end.value.code == 2 and error in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""Closed-form starts of narrow blocks: exact where nothing has to be cut, near where the wide block is of low rank."""
+
+import pytest
+import torch
+from skimage import data
+
+from blsam import SamPredictor, sam_model_registry
+from blsam.cli import shipped_checkpoint
+from blsam.modeling.attention import Attention
+from blsam.modeling.blocks import RoutedBlock
+from blsam.modeling.image_encoder import build_block
+from blsam.training.starts import start_attention, start_feed_forward
+from tests.helpers import TINY, randomize
+
+
+def explained(found, expected):
+    return 1 - ((found - expected).square().sum() / expected.square().sum()).item()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 10, 10, TINY.dim, generator=torch.Generator().manual_seed(1)) + 0.5
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@torch.no_grad()
+def test_as_many_channels_give_the_same_attention(x, window):
+    wide = randomize(Attention(TINY.dim, TINY.dim, 4, window, (10, 10)), 0.3)
+    narrow = Attention(TINY.dim, TINY.dim, 4, window, (10, 10))
+    start_attention(narrow, wide, x)
+    assert explained(narrow(x), wide(x)) > 1 - 1e-6
+
+
+@torch.no_grad()
+def test_a_head_that_adds_nothing_is_the_one_left_out(x):
+    wide = randomize(Attention(TINY.dim, TINY.dim, 4, 7, (10, 10)), 0.3)
+    wide.proj.weight[:, 16:32] = 0
+    narrow = Attention(TINY.dim, 48, 3, 7, (10, 10))
+    start_attention(narrow, wide, x)
+    assert explained(narrow(x), wide(x)) > 1 - 1e-6
+
+
+@torch.no_grad()
+def test_heads_of_low_rank_are_cut_without_loss(x):
+    wide = randomize(Attention(TINY.dim, TINY.dim, 4, 7, (10, 10)), 0.3)
+    for of_heads in (wide.qkv.weight.view(12, 16, TINY.dim), wide.qkv.bias.view(12, 16)):
+        of_heads[:, 4:] = 0
+    for table in (wide.rel_pos_h, wide.rel_pos_w):
+        table[:, 4:] = 0
+    narrow = Attention(TINY.dim, TINY.e_dim, 4, 7, (10, 10))  # 4 channels a head
+    start_attention(narrow, wide, x)
+    assert explained(narrow(x), wide(x)) > 1 - 1e-6
+
+
+@torch.no_grad()
+def test_feed_forward_of_low_rank_is_cut_without_loss():
+    torch.manual_seed(0)
+    wide = build_block(TINY, 1, (10, 10))
+    narrow = wide.e_block
+    wide.mlp.lin1.weight[64:] = 0  # 64 hidden units that matter, on 16 directions in and 16 out
+    wide.mlp.lin1.bias[64:] = -100
+    wide.mlp.lin1.weight[:64] = torch.randn(64, 16) @ torch.randn(16, TINY.dim) / 8
+    wide.mlp.lin2.weight.copy_(torch.randn(TINY.dim, 16) @ torch.randn(16, 4 * TINY.dim) / 8)
+    rows = torch.randn(3000, TINY.dim)
+    start_feed_forward(narrow, wide, rows)
+    narrow.norm2 = wide.norm2 = torch.nn.Identity()
+    assert explained(narrow.feed_forward(rows), wide.feed_forward(rows)) > 1 - 1e-5
+
+
+@torch.no_grad()
+def test_what_is_degenerate_gives_numbers_all_the_same(x):
+    wide = randomize(Attention(TINY.dim, TINY.dim, 4, 7, (10, 10)), 0.3)
+    wide.qkv.weight[: TINY.dim] = 0  # every query the same
+    narrow = Attention(TINY.dim, TINY.e_dim, 4, 7, (10, 10))
+    start_attention(narrow, wide, x)
+    assert explained(narrow(x), wide(x)) > 0.3
+    block = build_block(TINY, 1, (10, 10))
+    e = block.e_block
+    block.mlp.lin1.bias.fill_(-100)  # no unit ever fires
+    start_feed_forward(e, block, x.flatten(0, 2))
+    assert torch.isfinite(e.feed_forward(x.flatten(0, 2))).all()
+
+
+@torch.no_grad()
+def test_most_of_a_trained_model_s_blocks_is_found():
+    sam = sam_model_registry["blsam_vit_t"](shipped_checkpoint("vit_t"), image_size=256)
+    encoder, shares = sam.image_encoder, {}
+    predictor = SamPredictor(sam)
+    image = predictor.transform.apply_image(data.coffee())
+    x = sam.preprocess(torch.as_tensor(image).permute(2, 0, 1))[None]
+    x = encoder.patch_embed(x) + encoder.pos_embed
+    for i, block in enumerate(encoder.blocks):
+        if isinstance(block, RoutedBlock):
+            e = block.e_block
+            start_attention(e.attn, block.attn, block.norm1(x))
+            shares[f"{i}.attention"] = explained(e.attn(block.norm1(x)), block.attention(x))
+            middle = x.flatten(0, 2) + block.attention(x)
+            start_feed_forward(e, block, block.norm2(middle))
+            e.norm2.load_state_dict(block.norm2.state_dict())
+            shares[f"{i}.feed_forward"] = explained(e.feed_forward(middle), block.feed_forward(middle))
+        x = block.dense(x)
+    assert min(shares.values()) > 0.8, shares
