@@ -38,7 +38,9 @@ def test_layers(name):
         assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
         over_image = 1 if name == "blsam_vit_t" else e_heads
         assert {config.e_heads_of(i) for i in config.global_layers} == {over_image}
-    assert not config.dense.routed
+    assert config.dense == CONFIGS[name.removeprefix("blsam_")]
+    stages = [None, *range(len(config.predictor_layers))]
+    assert [i for stage in stages for i in config.layers_of(stage)] == list(range(config.depth))
     assert (config.fuse, config.semi_cross, config.e_block, config.score) == ("sublayer", True, True, "predictor")
 
 
@@ -53,3 +55,10 @@ def test_impossible_rows_are_refused():
     ):
         with pytest.raises(ValueError):
             replace(config, **change)
+
+
+def test_a_configuration_of_one_s_own_has_a_dense_model_too():
+    mine = replace(CONFIGS["blsam_vit_b"], name="mine", depth=6, global_layers=(2, 5))
+    mine = replace(mine, e_layers=(1, 2), predictor_layers=(0, 3))
+    assert mine.dense == replace(CONFIGS["vit_b"], name="mine", depth=6, global_layers=(2, 5))
+    assert mine.dense.dense == mine.dense

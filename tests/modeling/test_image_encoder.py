@@ -173,3 +173,33 @@ def test_wrong_arguments_are_refused(call, message):
     x = call.pop("x", images())
     with pytest.raises(ValueError, match=message):
         tiny().encode(x, **call)
+
+
+def test_the_keep_ratio_is_checked_when_it_is_set():
+    encoder = tiny()
+    for wrong in (-3, 0, float("nan")):
+        with pytest.raises(ValueError, match="keep ratio"):
+            encoder.keep_ratio = wrong
+    encoder.keep_ratio = 0.5
+    assert encoder.encode(images())[1].stages[0].counts[0, 0] == 25  # of 49
+
+
+@torch.no_grad()
+def test_stem_stages_and_neck_are_the_encoder():
+    encoder, x = tiny(), images(2)
+    embedding, routing = encoder.encode(x, true_sizes=SIZES)
+    tokens = encoder.run_stage(encoder.stem(x), None)
+    for number, stage in enumerate(routing.stages):
+        tokens = encoder.run_stage(tokens, number, stage)
+    assert torch.equal(encoder.neck(tokens.permute(0, 3, 1, 2)), embedding)
+
+
+@torch.no_grad()
+def test_stages_without_a_routing_are_the_dense_model():
+    encoder, x = tiny(), images(2)
+    exact = ImageEncoder(TINY.dense, TINY_SIZE).eval()
+    exact.load_state_dict({k: v for k, v in encoder.state_dict().items() if k in exact.state_dict()})
+    tokens = encoder.stem(x)
+    for number in (None, 0, 1):
+        tokens = encoder.run_stage(tokens, number)
+    assert torch.equal(encoder.neck(tokens.permute(0, 3, 1, 2)), exact(x))

@@ -1,0 +1,76 @@
+"""The forms of the attention product against each other and against the formula in float64."""
+
+import pytest
+import torch
+
+from blsam.modeling.attention import Attention
+from blsam.modeling.product import BLOCK, FORMS, choose_form
+from tests.helpers import gap, randomize
+
+
+def inputs(windows=3, heads=2, size=(5, 7), n=9, d=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((windows, heads, n, d), (windows, heads, n, size[0]), (windows, heads, n, size[1]))
+    q, rel_h, rel_w = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    kv = torch.randn(2, windows, heads, *size, d, generator=generator).to(dtype)
+    return q, rel_h, rel_w, kv
+
+
+def by_hand(q, rel_h, rel_w, kv):
+    """One query after the other, in float64."""
+    q, rel_h, rel_w, kv = (t.double() for t in (q, rel_h, rel_w, kv))
+    (k, v), out = kv, torch.empty_like(q)
+    for g, head, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
+        logits = (k[g, head] @ q[g, head, i]) * q.shape[-1] ** -0.5
+        logits = logits + rel_h[g, head, i][:, None] + rel_w[g, head, i][None]
+        out[g, head, i] = (logits.flatten().softmax(0)[:, None] * v[g, head].flatten(0, 1)).sum(0)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", sorted(FORMS))
+@torch.no_grad()
+def test_every_form_is_the_formula(name, dtype):
+    q, rel_h, rel_w, kv = inputs(dtype=dtype)
+    product = FORMS[name]((5, 7), 16)
+    out = product(q, rel_h * product.scale, rel_w * product.scale, product.keys(kv))
+    difference = gap(out.double(), by_hand(q, rel_h, rel_w, kv))
+    assert out.shape == q.shape and difference < (1e-5 if dtype == torch.float32 else 0.1), difference
+
+
+@torch.no_grad()
+def test_blocks_cut_windows_and_queries():
+    q, rel_h, rel_w, kv = inputs(windows=5, heads=3, size=(40, 40), n=1500)
+    assert q.shape[2] * 1600 > BLOCK, "one window's logits fill more than a block"
+    plain, blocked = (FORMS[name]((40, 40), 16) for name in ("plain", "blocked"))
+    a, b = (product(q, rel_h, rel_w, product.keys(kv)) for product in (plain, blocked))
+    assert gap(b, a) < 1e-5, gap(b, a)
+
+
+@pytest.mark.parametrize("name", ["plain", "folded"])
+def test_gradients_are_those_of_the_formula(name):
+    given = [t.double().requires_grad_() for t in inputs()]
+    product = FORMS[name]((5, 7), 16)
+    q, rel_h, rel_w, kv = given
+    weight = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = product(q, rel_h * product.scale, rel_w * product.scale, product.keys(kv))
+    expected = torch.autograd.grad((by_hand(*given) * weight).sum(), given)
+    for name_of, a, b in zip(("q", "rel_h", "rel_w", "kv"), torch.autograd.grad((ours * weight).sum(), given), expected):
+        assert gap(a, b) < 1e-6, f"{name_of}: {gap(a, b):.1e}"
+
+
+def test_the_form_is_chosen_by_dtype_device_and_gradient():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert choose_form(torch.float32, cpu, gradient=False) == "blocked"
+    assert choose_form(torch.float32, cpu, gradient=True) == "folded"
+    assert choose_form(torch.bfloat16, cpu, gradient=False) == "folded"
+    assert choose_form(torch.float32, cuda, gradient=False) == "folded"
+
+
+@pytest.mark.parametrize("trained", ["rel_pos_h", "rel_pos_w", "qkv.bias", "qkv.weight"])
+@pytest.mark.parametrize("window", [0, 7], ids=["global", "window"])
+def test_any_parameter_can_be_trained_alone(window, trained):
+    attention = randomize(Attention(32, 32, 2, window, (10, 10))).requires_grad_(False)
+    attention.get_parameter(trained).requires_grad_()
+    attention(torch.randn(1, 10, 10, 32, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    assert attention.get_parameter(trained).grad.abs().sum() > 0
