@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 FUSE = ("sublayer", "block")
 SCORE = ("predictor", "norm", "random")
+OUT_CHANNELS = 256  # of the embedding: what SAM's decoder expects
 
 
 @dataclass(frozen=True)

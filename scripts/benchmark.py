@@ -31,10 +31,9 @@ import torch.nn.functional as F
 from benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
 from tqdm import tqdm
 
-from blsam.cli import parse_device
 from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
-from blsam.evaluation.report import provenance
+from blsam.files import provenance
+from blsam.options import add_option, exit_status
 from blsam.precision import DTYPES, resolve_dtype
 
 # --- in turn ---------------------------------------------------------------------------------------------------------
@@ -172,7 +171,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="for all rows; default: random weights")
     add("--rounds", type=int, default=7, help="timed passes of each row, after one that is not counted")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--device", type=parse_device, default="cpu")
+    add_option(parser, "--device", default="cpu")
     add("--compile", action="store_true", help="torch.compile beside eager, for models of this package")
     add("--profile", action="store_true", help="share of the time by kind of operator")
     add("--floor", action="store_true", help="the time of the dense models' matrix products alone")
@@ -246,4 +245,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("benchmark", main)
+    sys.exit(exit_status("benchmark", main))

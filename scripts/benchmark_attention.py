@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +27,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blsam.checkpoint import write_atomically
-from blsam.cli import parse_device
 from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
+from blsam.files import write_text
 from blsam.modeling.attention import blocked_attention, one_hot_positions
+from blsam.options import add_option, exit_status
 from blsam.precision import DTYPES, resolve_dtype
 
 Form = Callable[[], torch.Tensor]
@@ -45,7 +45,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=DTYPES, action="append", help="repeat for several; default float32 and bfloat16")
     add("--forms", default="folded,blocked,compiled,chunked,flex", metavar="F[,F...]")
     add("--repeats", type=int, default=7)
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_option(parser, "--device")
     add("--json", type=Path, metavar="JSONL")
     args = parser.parse_args(argv)
     args.forms = args.forms.split(",")
@@ -179,9 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{line}{row['largest_gap']:>10.1e}{row['first_call_s']:>10.1f} s")
     if args.json:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(args.json, lambda path: Path(path).write_text(text))
+        write_text(args.json, text)
     return 0
 
 
 if __name__ == "__main__":
-    run_script("benchmark_attention", main)
+    sys.exit(exit_status("benchmark_attention", main))

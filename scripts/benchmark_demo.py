@@ -25,8 +25,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from blsam.cli import DEFAULT_MODEL
-from blsam.evaluation.commands import run_script
+from blsam.options import DEFAULT_MODEL, exit_status
 
 WARM_UP = 5
 CLICK = """async ([x, y]) => {
@@ -40,7 +39,7 @@ CLICK = """async ([x, y]) => {
 @contextmanager
 def served(model: str, keep_ratio: float) -> Iterator[str]:
     """The page in a process of its own: HOST:PORT."""
-    command = [sys.executable, "-m", "blsam.cli", "demo", "--port", "0", "--model", model]
+    command = [sys.executable, "-m", "blsam", "demo", "--port", "0", "--model", model]
     server = subprocess.Popen(
         [*command, "--keep-ratio", str(keep_ratio)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
@@ -126,4 +125,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("benchmark_demo", main)
+    sys.exit(exit_status("benchmark_demo", main))

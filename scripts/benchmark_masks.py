@@ -24,9 +24,8 @@ import torch
 from benchmark_row import memory_now, memory_peak
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
-from blsam.cli import find_checkpoint
-from blsam.evaluation.commands import run_script
 from blsam.images import read_image
+from blsam.options import exit_status, find_checkpoint
 
 GENERATORS = ("segment_anything", "blsam")
 
@@ -149,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("benchmark_masks", main)
+    sys.exit(exit_status("benchmark_masks", main))

@@ -15,13 +15,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import DEFAULT_MODEL, find_checkpoint
 from blsam.config import CONFIGS
 from blsam.data.sa1b import IMAGE_SUFFIXES
-from blsam.evaluation.commands import run_script
-from blsam.evaluation.report import write_json
+from blsam.files import write_json
 from blsam.images import read_image
 from blsam.modeling.windows import real_tokens
+from blsam.options import DEFAULT_MODEL, exit_status, find_checkpoint
 
 
 @torch.no_grad()
@@ -74,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("compare_precision", main)
+    sys.exit(exit_status("compare_precision", main))

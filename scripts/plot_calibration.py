@@ -6,6 +6,7 @@ python scripts/plot_calibration.py               # scripts/results/calibration/*
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from blsam.checkpoint import write_atomically
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
+from blsam.options import exit_status
 
 COLOURS = {0.1: "tab:red", 0.25: "tab:orange", 0.5: "tab:green"}  # by keep ratio
 
@@ -66,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("plot_calibration", main)
+    sys.exit(exit_status("plot_calibration", main))

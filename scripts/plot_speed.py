@@ -6,13 +6,14 @@ python scripts/plot_speed.py                     # scripts/results/speed/*.jsonl
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from blsam.checkpoint import write_atomically
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
+from blsam.options import exit_status
 
 COLOURS = {"segment_anything:vit_b": "tab:gray", "vit_b": "tab:blue", "blsam_vit_b": "tab:orange"}
 STYLES = {"float32": "o-", "bfloat16": "s--"}
@@ -86,4 +87,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("plot_speed", main)
+    sys.exit(exit_status("plot_speed", main))

@@ -22,14 +22,13 @@ import torch
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import DEFAULT_MODEL, find_checkpoint
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations, Photo
-from blsam.evaluation.commands import run_script
+from blsam.files import write_text
 from blsam.images import read_image
 from blsam.modeling.routing import route
 from blsam.modeling.windows import PATCH, real_tokens
+from blsam.options import DEFAULT_MODEL, exit_status, find_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
               f"prime ones (best {stage['best']:.1f}), gain {stage['gain']:.1f} % ({low:.1f} to {high:.1f})")  # fmt: skip
     if args.json is not None:
         text = json.dumps(result, indent=1) + "\n"
-        write_atomically(args.json, lambda path: Path(path).write_text(text))
+        write_text(args.json, text)
     return 0
 
 
@@ -108,4 +107,4 @@ def figures(sums: np.ndarray, resamples: int = 1000) -> list[dict[str, float | l
 
 
 if __name__ == "__main__":
-    run_script("routing_on_objects", main)
+    sys.exit(exit_status("routing_on_objects", main))

@@ -28,13 +28,13 @@ import torch
 from tqdm import tqdm
 
 from blsam import sam_model_registry
-from blsam.checkpoint import sha256
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
+from blsam.files import sha256
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
+from blsam.options import exit_status
 from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
 from blsam.training.losses import cosine_loss
@@ -190,4 +190,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script("study_calibration", main)
+    sys.exit(exit_status("study_calibration", main))

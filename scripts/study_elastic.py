@@ -27,13 +27,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from blsam import sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import find_checkpoint
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
-from blsam.evaluation.report import provenance
+from blsam.files import provenance, write_atomically, write_text
+from blsam.options import exit_status, find_checkpoint
 
 PROMPTS = {"box": "box", "center": "one point in the middle"}
 
@@ -69,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.annotations is not None:
         rows = measure(args)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(args.results, lambda path: Path(path).write_text(text))
+        write_text(args.results, text)
     rows = [json.loads(line) for line in args.results.read_text().splitlines()]
     print(table(rows))
     if args.picture is not None:
@@ -172,4 +170,4 @@ def curve(
 
 
 if __name__ == "__main__":
-    run_script("study_elastic", main)
+    sys.exit(exit_status("study_elastic", main))

@@ -25,11 +25,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from blsam import sam_model_registry
-from blsam.checkpoint import write_atomically
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
+from blsam.files import write_atomically, write_text
+from blsam.options import exit_status
 from blsam.training.loop import train
 from blsam.training.settings import TrainSettings
 
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             if not any((row["variant"], row["seed"]) == (name, seed) for row in rows):
                 rows.append(one_run(args, annotations, name, seed))
                 text = "".join(json.dumps(row) + "\n" for row in rows)
-                write_atomically(args.results, lambda path, text=text: Path(path).write_text(text))
+                write_text(args.results, text)
     report(rows)
     if args.picture is not None:
         write_atomically(args.picture, lambda path: draw(rows).savefig(path, dpi=100))
@@ -189,4 +189,4 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    run_script("study_training", main)
+    sys.exit(exit_status("study_training", main))

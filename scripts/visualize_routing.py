@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import DEFAULT_MODEL, UsageError, dtype_name, find_checkpoint, parse_device
 from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
 from blsam.images import read_image
+from blsam.options import DEFAULT_MODEL, UsageError, add_option, dtype_name, exit_status, find_checkpoint
 from blsam.precision import DTYPES
 from blsam.visualize import routing_figure
 
@@ -40,7 +38,7 @@ def main() -> int:
     add("--checkpoint", type=Path, help="default: the one that ships")
     add("--keep-ratio", type=float, default=0.25)
     add("--image-size", type=int)
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_option(parser, "--device")
     add("--dtype", choices=DTYPES, default="float32", help="of the encoder")
     add("-o", "--output", type=Path, metavar="DIR", default=Path("runs/routing"))
     args = parser.parse_args()
@@ -61,4 +59,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("visualize_routing", main)
+    sys.exit(exit_status("visualize_routing", main))

@@ -18,7 +18,8 @@ from pycocotools.coco import COCO
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import main, shipped_checkpoint
+from blsam.cli import main
+from blsam.options import shipped_checkpoint
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
 

@@ -134,8 +134,8 @@ def predictor():
     """The dense model that ships, on the first COCO photo."""
     if not (DATA / "coco").is_dir():
         pytest.skip("no coco photos (BLSAM_DATA)")
-    from blsam.cli import shipped_checkpoint
     from blsam.images import read_image
+    from blsam.options import shipped_checkpoint
 
     predictor = SamPredictor(sam_model_registry["vit_t"](shipped_checkpoint("vit_t")))
     predictor.photo = coco_photos(1).photos[0]

@@ -8,8 +8,8 @@ from conftest import TINY, TINY_EXACT, TINY_SIZE, randomize
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.modeling.image_encoder import ImageEncoder
+from blsam.options import shipped_checkpoint
 from blsam.precision import has_bfloat16, resolve_dtype
 
 

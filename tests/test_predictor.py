@@ -9,8 +9,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 from skimage import data
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.config import CONFIGS
+from blsam.options import shipped_checkpoint
 from blsam.predictor import ResizeLongestSide, check_prompts
 
 TRIAL = DATA / "trial" / "vit_t_512.pth"

@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import DATA
 
+from blsam.cli import main
+from blsam.commands import evaluate
 from blsam.data.annotations import Photo
-from blsam.evaluation.commands import prompted_arguments, protocol_of
 from blsam.evaluation.report import left_out_line, speed, table
 from blsam.evaluation.runner import predict_photos
+from blsam.options import Parser
 
 PHOTOS = [Photo(i, Path(f"{i}.jpg"), 4, 4) for i in (3, 5, 8)]
 CPU = torch.device("cpu")
@@ -79,9 +81,9 @@ def test_resuming_with_other_settings_is_refused(tmp_path):
 
 
 def arguments(*more):
-    return prompted_arguments(
-        "", ["--model", "vit_t", "--annotations", "a", "--images", "b", "--prompt", "point", *more]
-    )
+    parser = Parser()
+    evaluate.add_prompted_arguments(parser)
+    return parser.parse_args(["--model", "vit_t", "--annotations", "a", "--images", "b", "--prompt", "point", *more])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def arguments(*more):
     ],
 )
 def test_an_explicit_flag_overrides_the_protocol_and_is_named(flags, name):
-    assert protocol_of(arguments(*flags))[1] == name
+    assert evaluate.protocol_of(arguments(*flags))[1] == name
 
 
 def test_tables():
@@ -142,13 +144,9 @@ needs_data = pytest.mark.skipif(not (DATA / "coco").is_dir(), reason="no coco ph
 )
 @needs_data
 def test_bad_arguments_get_one_line(changes, message, capsys):
-    from blsam.evaluation.commands import run_prompted, run_script
-
-    command = ["--model", "vit_t", *map(str, COCO), *changes]
-    with pytest.raises(SystemExit) as stopped:
-        run_script("eval_coco", lambda: run_prompted("coco", "", command))
+    assert main(["evaluate", "coco", "--model", "vit_t", *map(str, COCO), *changes]) == 2
     error = capsys.readouterr().err
-    assert stopped.value.code == 2 and message in error and "Traceback" not in error
+    assert message in error and error.count("\n") == 1, error
 
 
 def unspeedy(text):

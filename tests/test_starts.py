@@ -6,9 +6,9 @@ from conftest import TINY, randomize
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.modeling.attention import Attention
 from blsam.modeling.blocks import Block, EBlock, RoutedBlock
+from blsam.options import shipped_checkpoint
 from blsam.training.starts import start_attention, start_feed_forward
 
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,14 +15,16 @@ from training import ROOT, STUDENT, TEACHER, column, rows, write_coco, write_pho
 
 from blsam import sam_model_registry
 from blsam.checkpoint import read
+from blsam.commands.train import add_arguments, settings_of
 from blsam.data.sa1b import choose_photos, list_photos
+from blsam.distributed import World
+from blsam.options import Parser, UsageError
 from blsam.training import run_folder
 from blsam.training.embeddings import EmbeddingCache
 from blsam.training.loop import set_up, train
 from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, relative_mse_loss, sam_mask_loss
-from blsam.training.parallel import World
 from blsam.training.prompts import corrective_clicks
-from blsam.training.settings import TrainSettings, build_parser, launcher, parse_settings
+from blsam.training.settings import TrainSettings, launcher
 
 CACHE_SCRIPT = ROOT / "scripts" / "cache_embeddings.py"
 
@@ -50,6 +53,13 @@ def settings(photos, tmp_path):
         workers=0,
         log_every=1,
     )
+
+
+def parsed(arguments):
+    """The settings of a command line."""
+    parser = Parser()
+    add_arguments(parser)
+    return settings_of(parser.parse_args(arguments))
 
 
 # --- the objective ---------------------------------------------------------------------------------------------------
@@ -273,17 +283,16 @@ def test_a_run_that_ended_and_goes_on_validates_each_step_once(settings):
     assert facts["best"] == pytest.approx(column(settings.output, "val_box").max().item(), abs=1e-4)
 
 
-def test_a_restart_goes_on_in_the_folder_that_it_began_alone(tmp_path, monkeypatch, capsys):
+def test_a_restart_goes_on_in_the_folder_that_it_began_alone(tmp_path, monkeypatch):
     command = ["--model", "vit_t", "--data", "photos", "--steps", "1", "--output", str(tmp_path)]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"launcher": launcher()}))
-    assert parse_settings(build_parser(""), command).resume
+    assert parsed(command).resume
     for other in ({"launcher": "another 1"}, {}):
         config.write_text(json.dumps(other))
-        with pytest.raises(SystemExit):
-            parse_settings(build_parser(""), command)
-        assert "is not empty" in capsys.readouterr().err
+        with pytest.raises(UsageError, match="is not empty"):
+            parsed(command)
 
 
 def test_a_run_goes_on_as_it_was_begun_or_not_at_all(settings, tmp_path):
@@ -321,8 +330,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(settings):
         (["--steps", "1", "--keep-ratio", "half"], "keep ratios lie in"),
     ),
 )
-def test_options_that_do_not_go_together(more, error, tmp_path, capsys):
+def test_options_that_do_not_go_together(more, error, tmp_path):
     arguments = ["--model", "blsam_vit_t", "--data", "photos", "--output", str(tmp_path / "run"), *more]
-    with pytest.raises(SystemExit) as end:
-        parse_settings(build_parser(""), arguments)
-    assert end.value.code == 2 and error in capsys.readouterr().err
+    with pytest.raises(UsageError, match=re.escape(error)):
+        parsed(arguments)

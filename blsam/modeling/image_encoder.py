@@ -9,12 +9,10 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import nn
 
-from ..config import EncoderConfig
+from ..config import OUT_CHANNELS, EncoderConfig
 from .blocks import Block, RoutedBlock
 from .routing import ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
 from .windows import PATCH
-
-OUT_CHANNELS = 256  # what SAM's decoder expects
 
 
 class ImageEncoder(nn.Module):

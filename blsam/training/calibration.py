@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..modeling.blocks import Block, RoutedBlock
 from ..modeling.routing import route
 from ..modeling.sam import Sam
