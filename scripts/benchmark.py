@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from blsam.config import CONFIGS
 from blsam.files import provenance
-from blsam.options import add_option, exit_status
+from blsam.options import add_option, check_output, exit_status, parse_ratios
 from blsam.precision import DTYPES, resolve_dtype
 
 # --- in turn ---------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def row_of(result: dict[str, Any]) -> Row:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    numbers, ratios = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (int, float))
+    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     names = [*CONFIGS, *(REFERENCE + name for name, config in CONFIGS.items() if not config.routed)]
     add("--models", required=True, type=lambda text: text.split(","), help=", ".join(names))
     add(
@@ -157,7 +157,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["float32", "bfloat16"],
         help="segment_anything: float32",
     )
-    add("--keep-ratios", type=ratios, default=[0.25])
+    add("--keep-ratios", type=parse_ratios, default=[0.25])
     add("--image-sizes", type=numbers, default=[1024])
     add("--batch-sizes", type=numbers, default=[1])
     add(
@@ -217,6 +217,7 @@ def processor() -> str:
 
 def main() -> int:
     args = parse_args()
+    check_output("--output", args.output, taken=(args.checkpoint,))
     comparisons = [rows_of(args, size, batch) for size in args.image_sizes for batch in args.batch_sizes]
     machine = {"processor": processor(), "cores": os.cpu_count(), "auto": str(resolve_dtype("auto", args.device))}
     total = args.rounds * sum(map(len, comparisons))

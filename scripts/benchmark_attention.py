@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from blsam.config import CONFIGS
 from blsam.files import write_text
 from blsam.modeling.attention import blocked_attention, one_hot_positions
-from blsam.options import add_option, exit_status
+from blsam.options import add_option, check_output, exit_status
 from blsam.precision import DTYPES, resolve_dtype
 
 Form = Callable[[], torch.Tensor]
@@ -41,7 +41,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="vit_b", choices=sorted(n for n, c in CONFIGS.items() if not c.routed))
     add("--image-size", type=int, default=1024)
-    add("--keep-ratio", type=float, default=1.0, help="share of the tokens that ask")
+    add_option(parser, "--keep-ratio", default=1.0, help="share of the tokens that ask")
     add("--dtype", choices=DTYPES, action="append", help="repeat for several; default float32 and bfloat16")
     add("--forms", default="folded,blocked,compiled,chunked,flex", metavar="F[,F...]")
     add("--repeats", type=int, default=7)
@@ -164,6 +164,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_output("--json", args.json)
     rows = [
         row
         for name in args.dtype or ("float32", "bfloat16")

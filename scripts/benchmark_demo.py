@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from blsam.options import DEFAULT_MODEL, exit_status
+from blsam.options import add_option, exit_status
 
 WARM_UP = 5
 CLICK = """async ([x, y]) => {
@@ -98,8 +98,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--photo", type=Path)
-    add("--model", default=DEFAULT_MODEL)
-    add("--keep-ratio", type=float, default=0.25)
+    add_option(parser, "--model")
+    add_option(parser, "--keep-ratio")
     add("--clicks", type=int, default=60)
     add("--chromium", default=shutil.which("chromium"))
     args = parser.parse_args()

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         settings = settings_of(args)
         if settings.steps is None or settings.steps < 2:
             raise UsageError("--steps must be given, and at least 2: the first is not counted")
-        check_output("--json", args.json)
+        check_output("--json", args.json, taken=(args.init, args.teacher_checkpoint, *args.data))
         row = measure(replace(settings, log_every=1))  # so that a GPU is waited for at every part
     if args.json is not None:
         with args.json.open("a") as file:

@@ -22,7 +22,7 @@ from blsam import sam_model_registry
 from blsam.data.sa1b import choose_photos, list_photos
 from blsam.data.views import ViewSettings
 from blsam.files import sha256
-from blsam.options import add_option, exit_status
+from blsam.options import add_option, check_folder, exit_status
 from blsam.training.embeddings import write_embeddings
 from blsam.training.metrics import MOST_DAMAGED
 from blsam.training.teachers import TEACHERS, load_teacher
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.views, args.batch_size, args.part_size) < 1 or not 0 < args.fraction <= 1:
         parser.error("--views, --batch-size and --part-size are at least 1, --fraction lies in (0, 1]")
+    check_folder("--output", args.output)
 
     photos, _ = choose_photos(list_photos(args.data, args.images), args.fraction, holdout=0, seed=0)
     teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, args.image_size)

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from blsam.files import write_atomically
-from blsam.options import exit_status
+from blsam.options import check_output, exit_status
 
 COLOURS = {0.1: "tab:red", 0.25: "tab:orange", 0.5: "tab:green"}  # by keep ratio
 
@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("scripts/results/calibration"))
     parser.add_argument("--output", type=Path, default=Path("docs/calibration.png"))
     args = parser.parse_args()
+    check_output("--output", args.output, taken=args.results.glob("*.jsonl"))
     figure = Figure((8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     draw(left, read(args.results / "photos.jsonl"), "photos", "photos")

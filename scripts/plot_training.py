@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blsam.files import write_atomically
-from blsam.options import exit_status
+from blsam.options import check_output, exit_status
 
 LOSSES = {"sup": "masks", "fd": "distillation"}
 MEASURED = {"val_box": "box mean IoU", "val_click": "one click, mean IoU", "val_cosine": "cosine to the teacher"}
@@ -69,6 +69,7 @@ def main() -> int:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/training.png"), metavar="PNG")
     args = parser.parse_args()
+    check_output("--output", args.output, taken=args.metrics)
     runs, start = {}, 0.0
     for path in args.metrics:
         rows = read(path, start)

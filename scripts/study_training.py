@@ -29,7 +29,7 @@ from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.files import write_atomically, write_text
-from blsam.options import exit_status
+from blsam.options import ROUTED, add_option, check_output, exit_status
 from blsam.training.loop import train
 from blsam.training.settings import TrainSettings
 
@@ -61,7 +61,7 @@ VARIANTS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="blsam_vit_t", choices=[name for name, config in CONFIGS.items() if config.routed])
+    add_option(parser, "--model", choices=ROUTED)
     add("--teacher-checkpoint", type=Path, required=True, help="of the dense model")
     add("--init", type=Path, required=True, help="the calibrated model")
     add("--data", type=Path, nargs="+", required=True)
@@ -85,6 +85,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    taken = (args.annotations, args.init, args.teacher_checkpoint)
+    check_output("--results", args.results, taken=taken)
+    check_output("--picture", args.picture, taken=(*taken, args.results))
     annotations = Annotations(args.annotations, args.annotation_images, "coco")
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
     for seed in args.seeds:

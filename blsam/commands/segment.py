@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,11 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(args.model, args.checkpoint)
     read = (args.image, checkpoint)
     check_output("--output", output, taken=read, what="a picture", suffixes=PICTURES)
-    check_output("--mask", args.mask, taken=(*read, output), what="a picture", suffixes=PICTURES)
+    check_output("--mask", args.mask, taken=(*read, output), what="a mask of 0 and 255", suffixes=(".png",))
     check_output("--json", args.json, taken=(*read, output, args.mask))
 
     from ..build_sam import sam_model_registry
+    from ..distributed import Stopwatch
     from ..images import read_image
     from ..predictor import SamPredictor, check_prompts, points_outside
 
@@ -77,13 +77,12 @@ def run(args: argparse.Namespace) -> None:
     build = sam_model_registry[args.model]
     sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
     predictor = SamPredictor(sam.to(args.device))
-    start = time.perf_counter()
-    predictor.set_image(image)
-    encoded = time.perf_counter()
-    masks, scores, _ = predictor.predict(points, labels, box)
-    decoded = time.perf_counter()
-    seconds = {"encoder": round(encoded - start, 4), "decoder": round(decoded - encoded, 4)}
-    write(args, output, image, masks, scores, seconds)
+    watch = Stopwatch(sam.device)
+    with watch("encoder"):
+        predictor.set_image(image)
+    with watch("decoder"):
+        masks, scores, _ = predictor.predict(points, labels, box)
+    write(args, output, image, masks, scores, {part: round(value, 4) for part, value in watch.seconds.items()})
 
 
 def write(

@@ -7,7 +7,6 @@ another. What is shared is bounded: photos and encodings in caches, waiting requ
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pycocotools import mask as rle_tools
 
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..decoding import decode
+from ..distributed import Stopwatch
 from ..modeling.routing import Routing
 from ..modeling.sam import Sam
 from ..predictor import SamPredictor, check_prompts, points_outside
@@ -134,9 +134,12 @@ class Segmenter:
         """Three candidates for a prompt, at the preview's size."""
 
         def job() -> Found:
-            seconds, encoding = _timed(self._encode, photo, keep_ratio)
-            decoder, (masks, scores) = _timed(self._decode, photo, encoding, prompt, photo.preview_size)
-            return Found(masks, scores, seconds, decoder)
+            watch = Stopwatch(self.sam.device)
+            with watch("encoder"):
+                encoding = self._encode(photo, keep_ratio)
+            with watch("decoder"):
+                masks, scores = self._decode(photo, encoding, prompt, photo.preview_size)
+            return Found(masks, scores, **watch.seconds)
 
         return self._run(job)
 
@@ -190,8 +193,10 @@ class Segmenter:
         encoding = self.encodings.get(key)
         if encoding is None:
             pixels = torch.as_tensor(photo.resized, device=self.sam.device).permute(2, 0, 1)
-            seconds, (features, routing) = _timed(self.sam.encode_images, [pixels], keep_ratio=keep_ratio)
-            encoding = Encoding(features, routing, seconds)
+            watch = Stopwatch(self.sam.device)
+            with watch("encoder"):
+                features, routing = self.sam.encode_images([pixels], keep_ratio=keep_ratio)
+            encoding = Encoding(features, routing, watch.seconds["encoder"])
             self.encodings.put(key, encoding, encoding.nbytes)
         return encoding
 
@@ -232,9 +237,3 @@ class _SharedGenerator(SamAutomaticMaskGenerator):
 
     def _process_batch(self, *args: Any) -> Any:
         return self.segmenter._model.submit(super()._process_batch, *args).result()
-
-
-def _timed(job: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = job(*args, **kwargs)
-    return time.perf_counter() - start, result

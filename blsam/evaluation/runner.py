@@ -37,7 +37,8 @@ def predict_photos(
 ) -> list[Line] | None:
     """`predict(photo, stopwatch)` for every photo; lines {image_id, rows, seconds} in the photos' order.
 
-    None on all processes but the main one. ValueError if `folder` holds a run with other settings and `resume` is asked for.
+    None on all processes but the main one. ValueError if `folder` holds a run with other settings and `resume` is asked
+    for.
     """
     world = world or World()
     finished, done = _prepare(folder, settings, resume, world)

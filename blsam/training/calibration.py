@@ -214,7 +214,8 @@ class Calibration:
         def loss(step: int) -> torch.Tensor:
             chosen = rng.integers(len(places), size=2 * ROWS)
             x = self.streams.rows(f"scored-{stage}", places[chosen])
-            return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
+            with torch.autocast(x.device.type, enabled=False):  # float32, as the predictor itself
+                return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
 
         self.descent.fit(
             list(predictor.parameters()), loss, self.settings.steps, self.settings.lr, WEIGHTS["predictor"]
