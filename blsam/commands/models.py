@@ -44,9 +44,9 @@ def parameters(config: EncoderConfig, image_size: int = 1024) -> int:
         total += 2 * dim + _attention(dim, dim, config.heads, reach)  # with its norm
         total += 2 * dim + _linear(dim, 4 * dim) + _linear(4 * dim, dim)
         if config.stage_of(layer) is not None:
-            total += 4  # alpha and gamma of both sublayers
+            total += 2  # alpha of both sublayers
         if config.has_e_block(layer):
-            total += 2 * dim + _attention(dim, e, config.e_heads_of(layer), reach)
+            total += 2 + 2 * dim + _attention(dim, e, config.e_heads_of(layer), reach)  # gamma of both, a norm
             total += 2 * dim + _linear(dim, e) + _linear(e, 4 * e) + _linear(4 * e, e) + _linear(e, dim)
     return total + len(config.predictor_layers) * (2 * dim + _linear(dim, 2))
 

@@ -64,7 +64,7 @@ def api(segmenter: Segmenter) -> FastAPI:
         async with uploads:
             try:
                 data = await asyncio.wait_for(request.body(), UPLOAD_SECONDS)
-            except TimeoutError:  # Python 3.10 has another TimeoutError
+            except asyncio.TimeoutError:  # Python 3.10 has another TimeoutError
                 raise Refused("The upload took too long.", 408) from None
             photo = await run_in_threadpool(segmenter.add, data)
         return {"id": photo.id, "width": photo.size[1], "height": photo.size[0]}
