@@ -316,7 +316,7 @@ def test_what_is_kept_is_bounded(shared):
     assert len(shared.photos) <= 3 and shared.photos.weight <= shared.photos.limit
     with pytest.raises(Refused, match="open it again"):
         shared.photo(one.id)
-    shared.encodings.limit = 2 * shared.encode(kept[-1], 0.1).nbytes
+    shared.encodings.limit = 2 * shared.encode(kept[-1], 0.1).encoded.nbytes
     for ratio in (0.1, 0.2, 0.3, 0.4):
         shared.encode(kept[-1], ratio)
     assert len(shared.encodings) == 2 and shared.encodings.get((kept[-1].id, 0.4)) is not None

@@ -76,7 +76,7 @@ def api(segmenter: Segmenter) -> FastAPI:
     @app.get("/api/photos/{id}/routing")
     def routing(id: str, keep_ratio: str, stage: str = "") -> Response:
         photo = segmenter.photo(id)
-        found = segmenter.encode(photo, checked_ratio(keep_ratio)).routing
+        found = segmenter.encode(photo, checked_ratio(keep_ratio)).encoded.routing
         if not found.stages:
             raise Refused("An exact model has no routing: every token runs through every block.")
         if stage and stage not in map(str, range(len(found.stages))):

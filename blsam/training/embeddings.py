@@ -3,6 +3,9 @@
 A folder of `part-N.safetensors` (half precision, one tensor [256, S/16, S/16] a view, named `ID@VIEW`) and
 `index.json`, which says what they were made from and in which part each view lies. 2 MB a view at 1024. The teacher's
 decoder lies beside them, for students of the encoder alone.
+
+No `Encoded`: a view has no photo of its own to be prompted on, a teacher no routing, and half precision does for a
+target; millions of views want few files.
 """
 
 from __future__ import annotations
