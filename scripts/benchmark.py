@@ -145,10 +145,13 @@ def row_of(result: dict[str, Any]) -> Row:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    numbers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
     names = [*CONFIGS, *(REFERENCE + name for name, config in CONFIGS.items() if not config.routed)]
     add("--models", required=True, type=lambda text: text.split(","), help=", ".join(names))
     add(
