@@ -184,14 +184,14 @@ def check_output(
     """
     if path is None:
         return
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"{option} {path}: {what} ends in {', '.join(suffixes)}")
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; name a file in it")
-    check_folder(option, path.absolute().parent)
     for other in taken:
         if other is not None and _same_file(path, other):
             raise UsageError(f"{option} {path} would overwrite {other}, which is needed; choose another name")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} {path}: {what} ends in {', '.join(suffixes)}")
+    check_folder(option, path.absolute().parent)
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     photos = choose_photos(args.images, default_limit(args.model) if args.limit is None else args.limit, args.seed)
     read = (args.checkpoint, args.annotations, *photos)
     check_output("--output", args.output, taken=read, what="a checkpoint", suffixes=SUFFIXES)
-    check_output("--json", args.json, taken=(*read, args.output))
+    check_output("--json", args.json, taken=(*read, args.output), suffixes=(".json",))
     annotations = None
     if args.annotations is not None:
         annotations = Annotations(args.annotations, args.annotation_images, "coco")

@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--seed is at least 0")
     boxes = getattr(args, "boxes", "gt")
     taken = (args.annotations, args.checkpoint, None if boxes == "gt" else Path(boxes))
-    check_output("--json", args.json, taken=taken)
-    check_output("--results", getattr(args, "results", None), taken=(*taken, args.json))
+    check_output("--json", args.json, taken=taken, suffixes=(".json",))
+    check_output("--results", getattr(args, "results", None), taken=(*taken, args.json), suffixes=(".json",))
     if args.output is not None:
         check_folder("--output", args.output)
     args.task(args)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     read = (args.image, checkpoint)
     check_output("--output", output, taken=read, what="a picture", suffixes=PICTURES)
     check_output("--mask", args.mask, taken=(*read, output), what="a mask of 0 and 255", suffixes=(".png",))
-    check_output("--json", args.json, taken=(*read, output, args.mask))
+    check_output("--json", args.json, taken=(*read, output, args.mask), suffixes=(".json",))
 
     from ..build_sam import sam_model_registry
     from ..distributed import Stopwatch

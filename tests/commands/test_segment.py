@@ -46,6 +46,7 @@ def test_two_outputs_are_two_files(photo, capsys):
         (["--mask", "m.jpg"], "a mask of 0 and 255 ends in .png"),
         (["--json", "cup.jpg/a.json"], "is a file, not a folder"),
         (["--json", "."], "is a folder; name a file in it"),
+        (["--json", "other.jpg"], "its name ends in .json"),
         (["--checkpoint", "none.pth"], "no checkpoint at none.pth"),
     ],
 )
