@@ -8,8 +8,8 @@ from pathlib import Path
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
 from . import checkpoint as ckpt
-from .config import CONFIGS, EncoderConfig
-from .modeling.image_encoder import OUT_CHANNELS, ImageEncoder
+from .config import CONFIGS, OUT_CHANNELS, EncoderConfig
+from .modeling.image_encoder import ImageEncoder
 from .modeling.sam import Sam
 from .modeling.windows import PATCH
 from .precision import resolve_dtype

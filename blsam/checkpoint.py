@@ -1,4 +1,4 @@
-"""Checkpoints: read safely, check against the model by name, resample to its image size, write atomically.
+"""Checkpoints: read safely, check against the model by name, resample to its image size, write whole.
 
 Three kinds load: SAM's own (`.pth`), which also warm-starts a `blsam_*` model; ours, which holds every key of the
 model; and either of them for another image size. Nothing that a file contains is ever executed.
@@ -6,13 +6,10 @@ model; and either of them for another image size. Nothing that a file contains i
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import pickle
 import re
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .config import CONFIGS, EncoderConfig
+from .files import write_atomically
 from .modeling.windows import PATCH
 
 State = dict[str, torch.Tensor]
@@ -40,7 +38,7 @@ def read(path: str | Path) -> tuple[State, dict[str, str]]:
     FileNotFoundError if there is no such file, CheckpointError if it is not a plain checkpoint.
     """
     path = checked_path(path)
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
@@ -65,20 +63,11 @@ def read(path: str | Path) -> tuple[State, dict[str, str]]:
 def checked_path(path: str | Path) -> Path:
     """The path of a checkpoint that exists and has a known suffix."""
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(f"{path}: a checkpoint ends in {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     return path
-
-
-def sha256(path: str | Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def image_size_of(state: State) -> int:
@@ -147,7 +136,7 @@ def resample(key: str, value: torch.Tensor, shape: torch.Size, in_global_layer: 
 def save(path: str | Path, state: State, metadata: dict[str, object], dtype: torch.dtype | None = None) -> None:
     """Write tensors (floating ones as `dtype`, if given) and metadata; the file is complete or not there at all."""
     path = Path(path)
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise CheckpointError(f"{path}: a checkpoint ends in {', '.join(SUFFIXES)}")
     state = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     if dtype is not None:
@@ -155,32 +144,11 @@ def save(path: str | Path, state: State, metadata: dict[str, object], dtype: tor
     broken = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if broken:
         raise CheckpointError(f"not written: {_names(broken)} would hold values that are not finite")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
         write_atomically(path, lambda temporary: save_file(state, temporary, {"format": "pt", **text}))
     else:
         write_atomically(path, lambda temporary: torch.save(state, temporary))
-
-
-def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:
-    """Call `write` with a temporary file beside `path`, then put it in its place in one step."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _names(keys: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 FUSE = ("sublayer", "block")
+OUT_CHANNELS = 256  # of the embedding: what SAM's decoder expects
 
 
 @dataclass(frozen=True)

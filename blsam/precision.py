@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # options need the names alone, at once
+    import torch
 
 DTYPES = ("float32", "bfloat16", "auto")
 
@@ -13,6 +16,8 @@ def resolve_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     "auto" is bfloat16 where the hardware multiplies it, else float32. "bfloat16" works everywhere, without such
     hardware slowly.
     """
+    import torch
+
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, is {name!r}")
     if name == "auto":
@@ -22,6 +27,8 @@ def resolve_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products in bfloat16."""
+    import torch
+
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":

@@ -10,6 +10,9 @@ import torch
 from segment_anything import SamPredictor as _SamPredictor
 from segment_anything.utils.transforms import ResizeLongestSide as _ResizeLongestSide
 
+from .config import OUT_CHANNELS
+from .encoded import Encoded
+
 
 class ResizeLongestSide(_ResizeLongestSide):
     """As `segment_anything`'s; release 1.0 reads batch and channels as height and width in `apply_image_torch`."""
@@ -23,7 +26,8 @@ class ResizeLongestSide(_ResizeLongestSide):
 class SamPredictor(_SamPredictor):
     """`set_image` once, then `predict` for each prompt; arguments and results as in `segment_anything`.
 
-    Attributes besides SAM's: `routing`, which tokens of the photo were prime in each stage (None: no photo is set).
+    Attributes besides SAM's: `routing`, which tokens of the photo were prime in each stage (None: no photo is set), and
+    `encoded`, the photo that is set as a value.
     """
 
     def __init__(self, sam_model: torch.nn.Module) -> None:
@@ -33,7 +37,31 @@ class SamPredictor(_SamPredictor):
     def reset_image(self) -> None:
         """Forget the photo, or the photos."""
         super().reset_image()
-        self.routing = self._batch = None
+        self.routing = None
+        self._batch: list[Encoded] = []
+
+    @property
+    def encoded(self) -> Encoded:
+        """The photo that is set; RuntimeError if there is none."""
+        if not self.is_image_set:
+            raise RuntimeError("no photo is encoded: an image must be set with .set_image(...)")
+        return Encoded(self.features, self.routing, self.input_size, self.original_size)
+
+    def set_encoded(self, encoded: Encoded) -> None:
+        """Let `predict` work on a photo that this model encoded before; the encoder does not run."""
+        side = self.model.image_encoder.img_size // 16
+        wanted = (1, OUT_CHANNELS, side, side)
+        if encoded.features.shape != wanted:
+            raise ValueError(
+                f"the embedding must be {list(wanted)}, is {list(encoded.features.shape)}: another model's"
+            )
+        self.reset_image()
+        self._use(encoded.to(self.device))
+
+    def _use(self, encoded: Encoded) -> None:
+        self.features, self.routing = encoded.features, encoded.routing
+        self.original_size, self.input_size = encoded.original_size, encoded.input_size
+        self.is_image_set = True
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: torch.Tensor, original_image_size: tuple[int, int]) -> None:
@@ -43,10 +71,8 @@ class SamPredictor(_SamPredictor):
         if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != side:
             raise ValueError(f"the image must be [1, 3, h, w] with its longer side {side}, is {list(shape)}")
         self.reset_image()
-        self.original_size = tuple(original_image_size)
-        self.input_size = shape[-2:]
-        self.features, self.routing = self.model.encode_images([transformed_image])
-        self.is_image_set = True
+        features, routing = self.model.encode_images([transformed_image])
+        self._use(Encoded(features, routing.of_image(0), shape[-2:], tuple(original_image_size)))
 
     @torch.no_grad()
     def set_images(self, images: Sequence[np.ndarray]) -> None:
@@ -60,17 +86,16 @@ class SamPredictor(_SamPredictor):
         tensors = [torch.as_tensor(r, device=self.device).permute(2, 0, 1).contiguous() for r in resized]
         features, routing = self.model.encode_images(tensors)
         self._batch = [
-            (features[i : i + 1], routing.of_image(i), tuple(image.shape[:2]), tuple(tensor.shape[-2:]))
+            Encoded(features[i : i + 1], routing.of_image(i), tuple(tensor.shape[-2:]), tuple(image.shape[:2]))
             for i, (image, tensor) in enumerate(zip(images, tensors))
         ]
         self.use_image(0)
 
     def use_image(self, number: int) -> None:
         """Let `predict` work on image `number`, from 0, of the last `set_images`."""
-        if self._batch is None or not 0 <= number < len(self._batch):
-            raise ValueError(f"image {number} is none of the {len(self._batch or ())} that set_images encoded")
-        self.features, self.routing, self.original_size, self.input_size = self._batch[number]
-        self.is_image_set = True
+        if not 0 <= number < len(self._batch):
+            raise ValueError(f"image {number} is none of the {len(self._batch)} that set_images encoded")
+        self._use(self._batch[number])
 
     def predict(
         self,

@@ -16,15 +16,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from blsam import sam_model_registry
-from blsam.checkpoint import sha256
-from blsam.cli import parse_device
 from blsam.data.sa1b import choose_photos, list_photos
 from blsam.data.views import ViewSettings
-from blsam.evaluation.commands import run_script
+from blsam.files import sha256
+from blsam.options import add_option, check_folder, exit_status
 from blsam.training.embeddings import write_embeddings
 from blsam.training.metrics import MOST_DAMAGED
 from blsam.training.teachers import TEACHERS, load_teacher
@@ -43,11 +41,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=4)
     add("--part-size", type=int, default=256, metavar="N", help="views a file")
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_option(parser, "--device")
     add("--output", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
     if min(args.views, args.batch_size, args.part_size) < 1 or not 0 < args.fraction <= 1:
         parser.error("--views, --batch-size and --part-size are at least 1, --fraction lies in (0, 1]")
+    check_folder("--output", args.output)
 
     photos, _ = choose_photos(list_photos(args.data, args.images), args.fraction, holdout=0, seed=0)
     teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, args.image_size)
@@ -82,4 +81,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script("cache_embeddings", main)
+    sys.exit(exit_status("cache_embeddings", main))

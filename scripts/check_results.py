@@ -8,10 +8,11 @@ Figures (percent) may differ by the tolerance; counts, rules and the checkpoint'
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from blsam.evaluation.commands import run_script
+from blsam.options import exit_status
 
 FIGURES = ("miou", "baseline", "AP")  # beginnings of names
 COUNTS = ("images", "masks", "left_out", "disc_radius")
@@ -57,4 +58,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("check_results", main)
+    sys.exit(exit_status("check_results", main))

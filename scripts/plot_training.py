@@ -7,6 +7,7 @@ python scripts/plot_training.py checkpoints/metrics/*.jsonl -o docs/vit_t_traini
 
 import argparse
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from blsam.checkpoint import write_atomically
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
+from blsam.options import check_output, exit_status
 
 LOSSES = {"sup": "masks", "fd": "distillation"}
 MEASURED = {"val_box": "box mean IoU", "val_click": "one click, mean IoU", "val_cosine": "cosine to the teacher"}
@@ -68,6 +69,7 @@ def main() -> int:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/training.png"), metavar="PNG")
     args = parser.parse_args()
+    check_output("--output", args.output, taken=args.metrics)
     runs, start = {}, 0.0
     for path in args.metrics:
         rows = read(path, start)
@@ -81,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("plot_training", main)
+    sys.exit(exit_status("plot_training", main))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +27,11 @@ import torch
 import blsam
 from blsam import SamPredictor, sam_model_registry
 from blsam import checkpoint as ckpt
-from blsam.cli import parse_device
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
+from blsam.files import sha256
 from blsam.images import read_image
+from blsam.options import add_option, exit_status
 from blsam.precision import resolve_dtype
 from blsam.training import calibrate
 
@@ -51,7 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--annotations", type=Path, metavar="JSON", help="COCO's format: box mean IoU before and after calibration")
     add("--images", type=Path, metavar="DIR", help="their photos")
     add("--repeats", type=int, default=3, help="encodings that are timed, after one that is not")
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_option(parser, "--device")
     args = parser.parse_args(argv)
     if (args.annotations is None) != (args.images is None) or (args.annotations and not args.calibrate):
         parser.error("--annotations and --images go together, with --calibrate")
@@ -68,7 +69,7 @@ def identify(path: Path, state: ckpt.State) -> tuple[str, str]:
         except ckpt.CheckpointError:
             continue
         file, digest = OFFICIAL[name]
-        found = ckpt.sha256(path)
+        found = sha256(path)
         said = f"the published {file}" if found == digest else "not a published file"
         return name, f"{found[:12]}..., {said}"
     raise ValueError(f"{path} fits none of SAM's models (ViT-B, L, H)")
@@ -188,4 +189,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script("verify_official", main)
+    sys.exit(exit_status("verify_official", main))

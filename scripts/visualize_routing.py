@@ -11,16 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import DEFAULT_MODEL, UsageError, dtype_name, find_checkpoint, parse_device
-from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
 from blsam.images import read_image
-from blsam.precision import DTYPES
+from blsam.options import ROUTED, UsageError, add_option, check_output, dtype_name, exit_status, find_checkpoint
 from blsam.visualize import routing_figure
 
 
@@ -36,29 +32,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("photos", type=Path, nargs="+", metavar="PHOTO")
-    add("--model", choices=[name for name, config in CONFIGS.items() if config.routed], default=DEFAULT_MODEL)
-    add("--checkpoint", type=Path, help="default: the one that ships")
-    add("--keep-ratio", type=float, default=0.25)
-    add("--image-size", type=int)
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=DTYPES, default="float32", help="of the encoder")
+    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--checkpoint")
+    add_option(parser, "--keep-ratio")
+    add_option(parser, "--image-size")
+    add_option(parser, "--device")
+    add_option(parser, "--dtype", default="float32")
     add("-o", "--output", type=Path, metavar="DIR", default=Path("runs/routing"))
     args = parser.parse_args()
     names = [photo.stem for photo in args.photos]
     if len(set(names)) < len(names):
         raise UsageError("two photos have the same name: their pictures would overwrite each other")
+    checkpoint = find_checkpoint(args.model, args.checkpoint)
+    paths = [args.output / f"{name}.png" for name in names]
+    for path in paths:
+        check_output("--output", path, taken=(*args.photos, checkpoint))
     images = [read_image(photo) for photo in args.photos]
 
-    checkpoint = find_checkpoint(args.model, args.checkpoint)
     build = sam_model_registry[args.model]
     sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
     predictor = SamPredictor(sam.to(args.device))
-    for name, image in zip(names, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
-        path = args.output / f"{name}.png"
+    for path, image in zip(paths, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
         draw(predictor, image, path)
         print(path)
     return 0
 
 
 if __name__ == "__main__":
-    run_script("visualize_routing", main)
+    sys.exit(exit_status("visualize_routing", main))

@@ -9,8 +9,8 @@ from PIL import Image
 
 from blsam import SamPredictor, sam_model_registry
 from blsam.checkpoint import save
-from blsam.cli import shipped_checkpoint
 from blsam.images import read_image
+from blsam.options import shipped_checkpoint
 from tests.helpers import DATA
 from tests.photos import coco_photos, write_coco, write_photos
 

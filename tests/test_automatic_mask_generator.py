@@ -5,7 +5,7 @@ import segment_anything as sa
 import torch
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
+from blsam.options import shipped_checkpoint
 from tests.photos import PHOTOS
 
 

@@ -8,6 +8,7 @@ import torch
 
 from blsam import build_sam, sam_model_registry
 from blsam import checkpoint as ckpt
+from blsam.files import write_atomically
 from tests.helpers import TINY, TINY_EXACT, randomize
 
 
@@ -117,7 +118,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path):
     with pytest.raises(ckpt.CheckpointError, match="not finite"):
         ckpt.save(path, {"a": torch.full((2,), 1e9)}, {}, torch.float16)
     with pytest.raises(ZeroDivisionError):
-        ckpt.write_atomically(path, lambda temporary: 1 / 0)
+        write_atomically(path, lambda temporary: 1 / 0)
     assert os.listdir(tmp_path) == ["model.safetensors"]
     assert torch.equal(ckpt.read(path)[0]["a"], torch.ones(2))
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.modeling.image_encoder import ImageEncoder
+from blsam.options import shipped_checkpoint
 from blsam.precision import has_bfloat16, resolve_dtype
 from tests.helpers import TINY, TINY_EXACT, TINY_SIZE, randomize
 

@@ -7,10 +7,9 @@ another. What is shared is bounded: photos and encodings in caches, waiting requ
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -20,7 +19,8 @@ from pycocotools import mask as rle_tools
 
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
 from ..decoding import decode
-from ..modeling.routing import Routing
+from ..distributed import Stopwatch
+from ..encoded import Encoded
 from ..modeling.sam import Sam
 from ..predictor import SamPredictor, check_prompts, points_outside
 from .photos import BoundedCache, Photo, Refused, open_photo
@@ -65,16 +65,11 @@ class Prompt:
 
 @dataclass
 class Encoding:
-    """A photo's embedding [1, 256, S/16, S/16] at one keep ratio, its routing, and the seconds that it took."""
+    """A photo encoded at one keep ratio, and the seconds that it took."""
 
-    features: torch.Tensor
-    routing: Routing
+    encoded: Encoded
     seconds: float
     everything: list[dict[str, Any]] | None = None  # found once, on demand
-
-    @property
-    def nbytes(self) -> int:
-        return self.features.nbytes + sum(s.mask.nbytes + s.scores.nbytes for s in self.routing.stages)
 
 
 @dataclass(frozen=True)
@@ -134,9 +129,12 @@ class Segmenter:
         """Three candidates for a prompt, at the preview's size."""
 
         def job() -> Found:
-            seconds, encoding = _timed(self._encode, photo, keep_ratio)
-            decoder, (masks, scores) = _timed(self._decode, photo, encoding, prompt, photo.preview_size)
-            return Found(masks, scores, seconds, decoder)
+            watch = Stopwatch(self.sam.device)
+            with watch("encoder"):
+                encoding = self._encode(photo, keep_ratio)
+            with watch("decoder"):
+                masks, scores = self._decode(encoding, prompt, photo.preview_size)
+            return Found(masks, scores, **watch.seconds)
 
         return self._run(job)
 
@@ -146,7 +144,7 @@ class Segmenter:
             raise Refused("candidate must be 0, 1 or 2")
 
         def job() -> tuple[np.ndarray, float]:
-            masks, scores = self._decode(photo, self._encode(photo, keep_ratio), prompt, photo.size, candidate)
+            masks, scores = self._decode(self._encode(photo, keep_ratio), prompt, photo.size, candidate)
             return masks[0], float(scores[0])
 
         return self._run(job)
@@ -190,17 +188,20 @@ class Segmenter:
         encoding = self.encodings.get(key)
         if encoding is None:
             pixels = torch.as_tensor(photo.resized, device=self.sam.device).permute(2, 0, 1)
-            seconds, (features, routing) = _timed(self.sam.encode_images, [pixels], keep_ratio=keep_ratio)
-            encoding = Encoding(features, routing, seconds)
-            self.encodings.put(key, encoding, encoding.nbytes)
+            watch = Stopwatch(self.sam.device)
+            with watch("encoder"):
+                features, routing = self.sam.encode_images([pixels], keep_ratio=keep_ratio)
+            encoded = Encoded(features, routing, photo.resized.shape[:2], photo.size)
+            encoding = Encoding(encoded, watch.seconds["encoder"])
+            self.encodings.put(key, encoding, encoded.nbytes)
         return encoding
 
     @torch.no_grad()
     def _decode(
-        self, photo: Photo, encoding: Encoding, prompt: Prompt, size: tuple[int, int], candidate: int | None = None
+        self, encoding: Encoding, prompt: Prompt, size: tuple[int, int], candidate: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """All candidates, or one of them, at `size` (h, w): bool [M, h, w] and scores [M]."""
-        predictor = predictor_on(self.sam, photo, encoding)
+        predictor = predictor_on(self.sam, encoding.encoded)
         boxes = None if prompt.box is None else [prompt.box]
         found = decode(predictor, points=[prompt.points] if prompt.points else None, boxes=boxes)
         chosen = slice(None) if candidate is None else slice(candidate, candidate + 1)
@@ -209,12 +210,10 @@ class Segmenter:
         return full.cpu().numpy(), found.scores[0, chosen].cpu().numpy()
 
 
-def predictor_on(sam: Sam, photo: Photo, encoding: Encoding) -> SamPredictor:
+def predictor_on(sam: Sam, encoded: Encoded) -> SamPredictor:
     """A predictor of its own on a photo that is encoded already."""
     predictor = SamPredictor(sam)
-    predictor.features, predictor.routing = encoding.features, encoding.routing
-    predictor.original_size, predictor.input_size = photo.size, photo.resized.shape[:2]
-    predictor.is_image_set = True
+    predictor.set_encoded(encoded)
     return predictor
 
 
@@ -224,17 +223,11 @@ class _SharedGenerator(SamAutomaticMaskGenerator):
     def __init__(self, segmenter: Segmenter, photo: Photo, encoding: Encoding) -> None:
         super().__init__(segmenter.sam, output_mode="coco_rle", **EVERYTHING)
         self.segmenter = segmenter
-        self.predictor = predictor_on(segmenter.sam, photo, encoding)
-        self.predictor.original_size = photo.preview_size
+        shown = replace(encoding.encoded, original_size=photo.preview_size)
+        self.predictor = predictor_on(segmenter.sam, shown)
         # the generator sets and forgets the whole image as its only crop: it is set already, and goes with the object
         self.predictor.set_image = lambda image: None
         self.predictor.reset_image = lambda: None
 
     def _process_batch(self, *args: Any) -> Any:
         return self.segmenter._model.submit(super()._process_batch, *args).result()
-
-
-def _timed(job: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
-    start = time.perf_counter()
-    result = job(*args, **kwargs)
-    return time.perf_counter() - start, result

@@ -64,7 +64,7 @@ def api(segmenter: Segmenter) -> FastAPI:
         async with uploads:
             try:
                 data = await asyncio.wait_for(request.body(), UPLOAD_SECONDS)
-            except TimeoutError:
+            except asyncio.TimeoutError:  # Python 3.10 has another TimeoutError
                 raise Refused("The upload took too long.", 408) from None
             photo = await run_in_threadpool(segmenter.add, data)
         return {"id": photo.id, "width": photo.size[1], "height": photo.size[0]}
@@ -76,7 +76,7 @@ def api(segmenter: Segmenter) -> FastAPI:
     @app.get("/api/photos/{id}/routing")
     def routing(id: str, keep_ratio: str, stage: str = "") -> Response:
         photo = segmenter.photo(id)
-        found = segmenter.encode(photo, checked_ratio(keep_ratio)).routing
+        found = segmenter.encode(photo, checked_ratio(keep_ratio)).encoded.routing
         if not found.stages:
             raise Refused("An exact model has no routing: every token runs through every block.")
         if stage and stage not in map(str, range(len(found.stages))):

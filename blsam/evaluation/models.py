@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import pickle
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from typing import Any
 import segment_anything
 import torch
 
-from .. import SamPredictor, sam_model_registry
-from ..cli import UsageError, dtype_name, find_checkpoint, parse_device
+from ..build_sam import sam_model_registry
 from ..config import CONFIGS
-from ..precision import DTYPES
+from ..files import sha256
+from ..options import UsageError, dtype_name, find_checkpoint, one_line
+from ..predictor import SamPredictor
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,6 @@ class Subject:
         )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model is measured, and on what."""
-    add = parser.add_argument_group("model").add_argument
-    add("--model", required=True, help=f"{', '.join(CONFIGS)}, or PACKAGE:NAME of others, as segment_anything:vit_b")
-    add("--checkpoint", type=Path, metavar="FILE", help="default: the one that ships")
-    add("--random-weights", action="store_true", help="measure without a checkpoint, seeded by --seed")
-    add("--keep-ratio", type=float, metavar="R", help="share of tokens in the wide blocks; default 0.25")
-    add("--image-size", type=int, metavar="S", help="side of the model's input; default: the checkpoint's")
-    add("--predictor", choices=("blsam", "segment_anything"), default="blsam", help="the latter passes no extents")
-    add("--dtype", choices=DTYPES, default="float32", help="of the encoder")
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
-
-
 def load_subject(args: argparse.Namespace) -> Subject:
     """The predictor that the options ask for; UsageError, FileNotFoundError or CheckpointError in one line."""
     if args.random_weights and args.checkpoint is not None:
@@ -65,7 +52,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
     identity = {
         "model": args.model,
         "checkpoint": checkpoint.name if checkpoint else None,
-        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest() if checkpoint else None,
+        "sha256": sha256(checkpoint) if checkpoint else None,
         "image_size": encoder.img_size,
         "keep_ratio": encoder.keep_ratio if ours and CONFIGS[args.model].routed else None,
         "dtype": dtype_name(args),
@@ -111,7 +98,5 @@ def _of_others(args: argparse.Namespace) -> tuple[Any, Path | None]:
         model = build(checkpoint=str(args.checkpoint) if args.checkpoint else None)
         return module.SamPredictor(model.to(args.device).eval()), args.checkpoint
     except (RuntimeError, KeyError, TypeError, AttributeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"{args.model} does not load {args.checkpoint or 'without a checkpoint'} ({reason})"
-        ) from None
+        what = args.checkpoint or "without a checkpoint"
+        raise UsageError(f"{args.model} does not load {what} ({one_line(error)})") from None

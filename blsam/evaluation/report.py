@@ -1,20 +1,11 @@
-"""Tables for people, json for machines, and what is needed to make a figure again."""
+"""Tables for people."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import platform
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import blsam
-
-from ..checkpoint import write_atomically
 from .prompted import SIZES
 
-PACKAGES = ("torch", "numpy", "segment-anything", "pycocotools", "lvis", "opencv-python")
 ROWS = {
     "miou": "mean IoU",
     "baseline_ellipse": "inscribed ellipse",
@@ -48,7 +39,7 @@ def left_out_line(left_out: dict[str, int]) -> str:
     return "left out: " + (", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "nothing")
 
 
-def speed(lines: list[dict[str, Any]]) -> dict[str, float]:
+def speed(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     """Images a second of the encoder, of prompts and masks, of the rest (reading, clicks, RLE), and of all.
 
     Images that had nothing to predict do not count.
@@ -58,34 +49,3 @@ def speed(lines: list[dict[str, Any]]) -> dict[str, float]:
     seconds = {part: sum(line["seconds"].get(part, 0.0) for line in lines) for part in parts}
     seconds["all"] = sum(seconds.values())
     return {part: round(len(lines) / value, 3) if value else None for part, value in seconds.items()}
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, and the git revision (None outside a checkout; "-dirty" with changes)."""
-    versions = {"python": platform.python_version(), "blsam": blsam.__version__}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    return {"versions": versions, "git_revision": _git_revision()}
-
-
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(blsam.__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run([*command, "--exclude", "*"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Json, atomically; `indent=None` for long lists."""
-
-    def write(temporary: str) -> None:
-        with open(temporary, "w") as file:
-            json.dump(content, file, indent=indent)
-            file.write("\n")
-
-    write_atomically(path, write)

@@ -12,59 +12,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from ..checkpoint import write_atomically
 from ..data.annotations import Photo
+from ..distributed import Stopwatch, World
+from ..files import write_json
 
 Line = dict[str, Any]
-
-
-@contextmanager
-def processes(backend: str = "gloo", timeout: timedelta = timedelta(days=2)) -> Iterator[tuple[int, int]]:
-    """(rank, how many processes), from torchrun's environment; (0, 1) without it.
-
-    As it is for evaluation: only lists of Python objects are exchanged, so gloo serves whatever the device, and the
-    first to finish waits for the last.
-    """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1:
-        yield 0, 1
-        return
-    dist.init_process_group(backend, timeout=timeout)
-    try:
-        yield dist.get_rank(), world
-    finally:
-        dist.destroy_process_group()
-
-
-class Stopwatch:
-    """Seconds by part; with `device`, what runs on it is waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, {}
-        self._start = 0.0
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        self._start = time.perf_counter()
-        yield
-        self.split(part)
-
-    def split(self, part: str) -> None:
-        """What has passed since the part began goes to `part`, the rest to the part that was named."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._start
-        self._start = now
 
 
 def predict_photos(
@@ -75,18 +33,19 @@ def predict_photos(
     device: torch.device,
     *,
     resume: bool = False,
-    rank: int = 0,
-    world: int = 1,
+    world: World | None = None,
 ) -> list[Line] | None:
-    """`predict(photo, stopwatch)` for every photo; lines {image_id, rows, seconds} in the photos' order on rank 0.
+    """`predict(photo, stopwatch)` for every photo; lines {image_id, rows, seconds} in the photos' order.
 
-    None on the other ranks. ValueError if `folder` holds a run with other settings and `resume` is asked for.
+    None on all processes but the main one. ValueError if `folder` holds a run with other settings and `resume` is asked
+    for.
     """
-    finished, done = _prepare(folder, settings, resume, rank, world)
+    world = world or World()
+    finished, done = _prepare(folder, settings, resume, world)
     todo = [photo for photo in photos if photo.id not in finished]
-    mine = todo[rank::world]
-    bar = tqdm(total=len(mine), unit="image", disable=rank > 0 or not sys.stderr.isatty())
-    with (folder / f"part-{rank}.jsonl").open("a") as part:
+    mine = todo[world.rank :: world.size]
+    bar = tqdm(total=len(mine), unit="image", disable=not world.is_main or not sys.stderr.isatty())
+    with (folder / f"part-{world.rank}.jsonl").open("a") as part:
         for photo in mine:
             watch = Stopwatch(device)
             start = time.perf_counter()
@@ -98,35 +57,28 @@ def predict_photos(
             done[photo.id] = line
             bar.update()
     bar.close()
-    if world > 1:
-        parts: list[dict[int, Line]] | None = [{}] * world if rank == 0 else None
-        dist.gather_object(done, parts)
-        done = {image: line for part in parts or [] for image, line in part.items()}
-    return [done[photo.id] for photo in photos] if rank == 0 else None
+    done = {image: line for part in world.gather_on_main(done) for image, line in part.items()}
+    return [done[photo.id] for photo in photos] if world.is_main else None
 
 
-def _prepare(
-    folder: Path, settings: dict[str, Any], resume: bool, rank: int, world: int
-) -> tuple[set[int], dict[int, Line]]:
-    """Make the run folder, or read what an earlier run left there: images that are done, and on rank 0 their lines."""
-    if rank == 0:
+def _prepare(folder: Path, settings: dict[str, Any], resume: bool, world: World) -> tuple[set[int], dict[int, Line]]:
+    """Make the run folder, or read what an earlier run left there: images that are done, and their lines on the main
+    process."""
+    if world.is_main:
         _check_settings(folder, settings, resume)
         folder.mkdir(parents=True, exist_ok=True)
         if not resume:
             _set_aside(folder)
-        text = json.dumps(settings, indent=1)
-        write_atomically(folder / "settings.json", lambda path: Path(path).write_text(text + "\n"))
-    if world > 1:
-        dist.barrier()
+        write_json(folder / "settings.json", settings)
+    world.barrier()
     finished, done = set(), {}
     for part in sorted(folder.glob("part-*.jsonl")):
         for line in read_part(part):
             finished.add(line["image_id"])
-            if rank == 0:
+            if world.is_main:
                 done[line["image_id"]] = line
-    if world > 1:
-        dist.barrier()  # nobody appends while another still reads
-    _drop_torn_line(folder / f"part-{rank}.jsonl")
+    world.barrier()  # nobody appends while another still reads
+    _drop_torn_line(folder / f"part-{world.rank}.jsonl")
     return finished, done
 
 

@@ -7,14 +7,12 @@ from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed
 from torch import nn
 
-from ..config import EncoderConfig
+from ..config import OUT_CHANNELS, EncoderConfig
 from .attention import Attention
 from .blocks import Block, EBlock, RoutedBlock
 from .product import FORMS
 from .routing import SCORERS, ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
 from .windows import PATCH
-
-OUT_CHANNELS = 256  # what SAM's decoder expects
 
 
 class Neck(nn.Sequential):

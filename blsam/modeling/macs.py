@@ -7,9 +7,8 @@ a batch of one; agrees with torch's FlopCounterMode / 2.
 
 from __future__ import annotations
 
-from ..config import EncoderConfig
+from ..config import OUT_CHANNELS, EncoderConfig
 from . import windows as win
-from .image_encoder import OUT_CHANNELS
 from .routing import keep_count
 
 

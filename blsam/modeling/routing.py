@@ -308,6 +308,8 @@ def _groups(region: int, counts: list[int], each: int, device: torch.device) -> 
         if places == list(range(places[0], places[-1] + 1)):  # a slice, so that nothing has to be copied
             windows = slice(places[0] * each, (places[-1] + 1) * each)
         else:
-            windows = (torch.tensor(places, device=device)[:, None] * each + torch.arange(each, device=device)).flatten()
+            windows = (
+                torch.tensor(places, device=device)[:, None] * each + torch.arange(each, device=device)
+            ).flatten()
         found.append(Group(region, windows, len(places) * each, count))
     return tuple(found)

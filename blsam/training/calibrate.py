@@ -1,14 +1,11 @@
-"""`blsam calibrate`: a SAM checkpoint and a folder of photos in, a checkpoint of a `blsam_*` model out."""
+"""A SAM checkpoint and a folder of photos in, a checkpoint of a `blsam_*` model out."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import resource
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,13 @@ from ..build_sam import sam_model_registry
 from ..config import CONFIGS
 from ..data.annotations import Annotations
 from ..data.sa1b import IMAGE_SUFFIXES
+from ..distributed import peak_gb
 from ..evaluation.prompted import object_ious
+from ..files import sha256
 from ..images import read_image
 from ..modeling.sam import Sam
-from ..precision import DTYPES
 from ..predictor import SamPredictor
 from .calibration import Calibration, Settings
-
-MOST_STEPS = 1000  # of a fit, however many minutes there are
 
 
 def default_limit(model: str) -> int:
@@ -81,7 +77,7 @@ def calibrate(
 
     folder = output.with_name(output.name + ".calibration")
     files = [(str(p), p.stat().st_size) for p in photos]
-    identity = json.dumps([ckpt.sha256(checkpoint), model, sam.image_encoder.img_size, files])
+    identity = json.dumps([sha256(checkpoint), model, sam.image_encoder.img_size, files])
     with tqdm(total=100, unit="%", disable=quiet or not sys.stderr.isatty()) as bar:
         log: list[str] = []
 
@@ -119,79 +115,9 @@ def prepare(sam: Sam, photo: Path) -> tuple[torch.Tensor, tuple[int, int]]:
     return sam.preprocess(torch.as_tensor(image, device=sam.device).permute(2, 0, 1)), image.shape[:2]
 
 
-def peak_gb(device: torch.device) -> float:
-    """The most memory that this process has held so far: of the GPU, or of the machine."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
 def box_miou(sam: Sam, annotations: Annotations, keep_ratio: float) -> float:
     """Mean IoU in percent of box prompts, protocol `paper`."""
     return float(object_ious(sam, annotations, keep_ratio)[0]["box"].mean())
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `blsam calibrate`."""
-    from ..cli import parse_device
-
-    add, defaults = parser.add_argument, Settings()
-    add("--model", required=True, choices=[name for name, config in CONFIGS.items() if config.routed])
-    add("--checkpoint", type=Path, required=True, help="of the dense model, in SAM's format")
-    add("--images", type=Path, required=True, metavar="DIR", help="photos, unlabelled")
-    add("--annotations", type=Path, metavar="JSON", help="COCO's format: box mean IoU before and after")
-    add("--annotation-images", type=Path, metavar="DIR")
-    add("--image-size", type=int, help="default: the checkpoint's")
-    add("--keep-ratio", type=float, default=defaults.keep_ratio)
-    add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"of each fit, twice as many of each stage; {defaults.steps}")
-    length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
-    add("--seed", type=int, default=defaults.seed)
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--dtype", choices=DTYPES, default=defaults.dtype, help="of the fits; auto: bfloat16 where there is hardware")
-    add("--json", type=Path, metavar="OUT", help="the report")
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help="checkpoint, .safetensors or .pth")
-
-
-def command(args: argparse.Namespace) -> None:
-    """`blsam calibrate`."""
-    if (args.annotations is None) != (args.annotation_images is None):
-        raise ValueError("--annotations and --annotation-images go together")
-    for name, value, least in (("--steps", args.steps, 0), ("--limit", args.limit, 2)):
-        if value is not None and value < least:
-            raise ValueError(f"{name} is at least {least}")
-    if not 0 < args.keep_ratio < 1 or (args.minutes is not None and not args.minutes > 0):
-        raise ValueError("--keep-ratio lies between 0 and 1, --minutes above 0")
-    ckpt.checked_path(args.checkpoint)
-    if args.output.suffix not in ckpt.SUFFIXES:
-        raise ValueError(f"{args.output}: a checkpoint ends in {', '.join(ckpt.SUFFIXES)}")
-    photos = choose_photos(args.images, default_limit(args.model) if args.limit is None else args.limit, args.seed)
-    annotations = None
-    if args.annotations is not None:
-        annotations = Annotations(args.annotations, args.annotation_images, "coco")
-    settings = Settings(keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype)
-    steps = MOST_STEPS if args.minutes is not None else args.steps
-    if steps is not None:
-        settings = replace(settings, steps=steps, stage_steps=2 * steps)
-    report = calibrate(
-        args.model,
-        args.checkpoint,
-        photos,
-        args.output,
-        image_size=args.image_size,
-        settings=settings,
-        annotations=annotations,
-        device=args.device,
-    )
-    print(table(report))
-    print(
-        f"{args.output}: {report['photos']} photos, {report['seconds'] / 60:.1f} minutes, peak {report['peak_gb']:.1f} GB"
-    )
-    if args.json:
-        text = json.dumps(report, indent=1)
-        ckpt.write_atomically(args.json, lambda path: Path(path).write_text(text + "\n"))
 
 
 def table(report: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..checkpoint import write_atomically
+from ..files import write_atomically
 from ..modeling.blocks import RoutedBlock
 from ..modeling.routing import route
 from ..modeling.sam import Sam
@@ -214,7 +214,8 @@ class Calibration:
         def loss(step: int) -> torch.Tensor:
             chosen = rng.integers(len(places), size=2 * ROWS)
             x = self.streams.rows(f"scored-{stage}", places[chosen])
-            return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
+            with torch.autocast(x.device.type, enabled=False):  # float32, as the predictor itself
+                return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
 
         self.descent.fit(
             list(predictor.parameters()), loss, self.settings.steps, self.settings.lr, WEIGHTS["predictor"]
@@ -247,9 +248,7 @@ class Calibration:
             )
             self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
 
-    def _routed(
-        self, x: torch.Tensor, number: int, sizes: list[tuple[int, int]], keep_ratio: float
-    ) -> torch.Tensor:
+    def _routed(self, x: torch.Tensor, number: int, sizes: list[tuple[int, int]], keep_ratio: float) -> torch.Tensor:
         """A stage of the student, routed by its own predictor on the stream where the stage begins."""
         with torch.no_grad():
             scores = self.encoder.predictors[number](x)

@@ -3,6 +3,9 @@
 A folder of `part-N.safetensors` (half precision, one tensor [256, S/16, S/16] a view, named `ID@VIEW`) and
 `index.json`, which says what they were made from and in which part each view lies. 2 MB a view at 1024. The teacher's
 decoder lies beside them, for students of the encoder alone.
+
+No `Encoded`: a view has no photo of its own to be prompted on, a teacher no routing, and half precision does for a
+target; millions of views want few files.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..checkpoint import write_atomically
 from ..data.sa1b import TrainingPhoto
 from ..data.views import ViewSettings, make_view
+from ..files import write_atomically, write_text
 from ..modeling.sam import Sam
 from .objective import to_batch
 
@@ -107,7 +110,7 @@ def write_embeddings(
         write_atomically(path, lambda temporary, found=found: save_file(found, temporary))
     write_atomically(folder / DECODER, lambda path: save_file(decoder, path))
     (folder / UNFINISHED).unlink(missing_ok=True)
-    write_atomically(folder / INDEX, lambda path: Path(path).write_text(json.dumps(index)))
+    write_text(folder / INDEX, json.dumps(index))
 
 
 def _check_unfinished(folder: Path, index: dict[str, Any]) -> None:
@@ -116,4 +119,4 @@ def _check_unfinished(folder: Path, index: dict[str, Any]) -> None:
         path = folder / name
         if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(index)):
             raise ValueError(f"{folder} holds embeddings of another teacher, other photos or other settings")
-    write_atomically(folder / UNFINISHED, lambda path: Path(path).write_text(json.dumps(index)))
+    write_text(folder / UNFINISHED, json.dumps(index))

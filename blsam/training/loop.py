@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -19,17 +20,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ..build_sam import sam_model_registry
-from ..checkpoint import read, sha256, write_atomically
+from ..checkpoint import read
 from ..config import CONFIGS
 from ..data.sa1b import TarPhoto, TrainingPhoto, choose_photos, list_photos
 from ..data.views import Sample, TarViews, Views, ViewSettings, batches
-from ..evaluation.runner import Stopwatch
+from ..distributed import CPU, Stopwatch, World, processes
+from ..files import sha256, write_atomically
 from ..modeling.sam import Sam
 from .embeddings import EmbeddingCache
 from .metrics import Damaged, Rows, fusion_scalars, jaccard, whole
 from .objective import Losses, Objective, TrainedSam, to_batch
 from .optim import Average, optimizer_of, rate
-from .parallel import World, last_pass_only, prepare, world
+from .parallel import last_pass_only, prepare
 from .run_folder import RunFolder
 from .settings import TrainSettings
 from .teachers import load_teacher
@@ -73,8 +75,8 @@ def train(settings: TrainSettings) -> str:
 
     What the user can put right is OSError, ValueError or ImportError in one line.
     """
-    with world(settings.device) as processes:
-        run = set_up(settings, processes)
+    with processes(settings.device, timedelta(minutes=30)) as world:
+        run = set_up(settings, world)
         with caught_signals() as stopped:
             loop(run, stopped)
         with run.ema.in_place_of(run.model):
@@ -130,7 +132,7 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows)
         group["lr"] = rate(settings.lr, step, done, run.steps)
     # on a GPU, parts are waited for in the logged steps alone
     timed = settings.device.type == "cpu" or (step + 1) % settings.log_every == 0
-    watch = Stopwatch(settings.device if timed else torch.device("cpu"))
+    watch = Stopwatch(settings.device if timed else CPU)
     backward = "decoder backward" if settings.train == "decoder" else "student backward"
     for i in range(settings.accumulate):
         with watch("data"):
@@ -229,13 +231,13 @@ def autocast(settings: TrainSettings) -> torch.autocast:
 # --- setting up ------------------------------------------------------------------------------------------------------
 
 
-def set_up(settings: TrainSettings, processes: World) -> Run:
+def set_up(settings: TrainSettings, world: World) -> Run:
     """Read, check and build everything, and go on from the folder's last checkpoint if asked to."""
     cache = EmbeddingCache(settings.cache) if settings.cache else None
     photos = list_photos(settings.data, settings.images)
     training, validation = choose_photos(photos, settings.fraction, settings.holdout, 0, MOST_VALIDATED)
-    streamed = check_streamed(training, processes.size * max(1, settings.workers))
-    if settings.holdout and not validation and processes.is_main:
+    streamed = check_streamed(training, world.size * max(1, settings.workers))
+    if settings.holdout and not validation and world.is_main:
         text = f"no photo of {len(training)} is held out: no best.safetensors without a larger --holdout"
         tqdm.write(text, file=sys.stderr)
     ids = {"photos.txt": [photo.id for photo in training], "validation.txt": [photo.id for photo in validation]}
@@ -252,7 +254,7 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     )
     model = prepare(
         TrainedSam(sam, objective),
-        processes,
+        world,
         settings.device,
         strategy=settings.strategy,
         checkpointing=settings.checkpointing,
@@ -261,11 +263,11 @@ def set_up(settings: TrainSettings, processes: World) -> Run:
     steps = settings.steps or ENDLESS
     if settings.epochs:
         steps = math.ceil(settings.epochs * len(training) / settings.batch_size)
-    folder = RunFolder(settings.output, processes)
+    folder = RunFolder(settings.output, world)
     optimizer, ema = optimizer_of(model, settings.lr), Average(model)
-    damaged = Damaged(len(training) + len(validation), processes, settings.output / "damaged.txt")
+    damaged = Damaged(len(training) + len(validation), world, settings.output / "damaged.txt")
     run = Run(
-        settings, processes, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps, damaged
+        settings, world, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps, damaged
     )
     if settings.resume:
         folder.check_same(settings, ids, streamed)

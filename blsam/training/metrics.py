@@ -12,12 +12,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..data.views import Sample
-from ..evaluation.runner import Stopwatch
+from ..distributed import Stopwatch, World, peak_gb
 from ..modeling.blocks import Fusion
 from ..modeling.routing import Routing
-from .calibrate import peak_gb
 from .objective import Losses
-from .parallel import World
 
 MOST_DAMAGED = 0.01  # share of the photos
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..data.views import Sample
-from ..evaluation.runner import Stopwatch
+from ..distributed import Stopwatch
 from ..modeling.routing import Routing
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens

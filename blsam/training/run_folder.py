@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .. import checkpoint as ckpt
-from ..evaluation.report import provenance, write_json
-from .parallel import World
+from ..distributed import World
+from ..files import provenance, write_json, write_text
+from ..options import one_line
 from .settings import TrainSettings, launcher
 
 State = dict[str, Any]
@@ -52,7 +53,7 @@ class RunFolder:
         if self.world.is_main and path.is_file():
             lines = [line for line in path.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
             kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
-            ckpt.write_atomically(path, lambda temporary: Path(temporary).write_text(kept))
+            write_text(path, kept)
 
     def check_same(self, settings: TrainSettings, ids: dict[str, list[str]], streamed: bool) -> None:
         """ValueError unless the run that the folder holds was begun with these settings and these photos; streamed ones
@@ -80,8 +81,7 @@ class RunFolder:
 
     def write_ids(self, name: str, ids: list[str]) -> None:
         if self.world.is_main:
-            text = "".join(f"{one}\n" for one in ids)
-            ckpt.write_atomically(self.path / name, lambda path: Path(path).write_text(text))
+            write_text(self.path / name, "".join(f"{one}\n" for one in ids))
 
     def log(self, row: dict[str, Any]) -> None:
         """A line of metrics.jsonl, and its plain numbers to TensorBoard."""
@@ -168,7 +168,7 @@ def _plainly(what: str) -> Iterator[None]:
             yield
         except dcp.api.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
-            raise OSError(f"{what} ({(str(cause) or repr(cause)).splitlines()[0]})") from None
+            raise OSError(f"{what} ({one_line(cause)})") from None
 
 
 def _tensorboard(folder: Path) -> Any:

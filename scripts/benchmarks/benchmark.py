@@ -29,10 +29,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from blsam.cli import parse_device
 from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
-from blsam.evaluation.report import provenance
+from blsam.files import provenance
+from blsam.options import add_option, check_output, exit_status, parse_ratios
 from blsam.precision import DTYPES, resolve_dtype
 from scripts.benchmarks import benchmark_row
 from scripts.benchmarks.benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
@@ -145,10 +144,13 @@ def row_of(result: dict[str, Any]) -> Row:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    numbers, ratios = (lambda text, kind=kind: [kind(part) for part in text.split(",")] for kind in (int, float))
     names = [*CONFIGS, *(REFERENCE + name for name, config in CONFIGS.items() if not config.routed)]
     add("--models", required=True, type=lambda text: text.split(","), help=", ".join(names))
     add(
@@ -157,7 +159,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["float32", "bfloat16"],
         help="segment_anything: float32",
     )
-    add("--keep-ratios", type=ratios, default=[0.25])
+    add("--keep-ratios", type=parse_ratios, default=[0.25])
     add("--image-sizes", type=numbers, default=[1024])
     add("--batch-sizes", type=numbers, default=[1])
     add(
@@ -171,7 +173,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", type=Path, help="for all rows; default: random weights")
     add("--rounds", type=int, default=7, help="timed passes of each row, after one that is not counted")
     add("--threads", type=int, default=torch.get_num_threads())
-    add("--device", type=parse_device, default="cpu")
+    add_option(parser, "--device", default="cpu")
     add("--compile", action="store_true", help="torch.compile beside eager, for models of this package")
     add("--profile", action="store_true", help="share of the time by kind of operator")
     add("--floor", action="store_true", help="the time of the dense models' matrix products alone")
@@ -217,6 +219,7 @@ def processor() -> str:
 
 def main() -> int:
     args = parse_args()
+    check_output("--output", args.output, taken=(args.checkpoint,))
     comparisons = [rows_of(args, size, batch) for size in args.image_sizes for batch in args.batch_sizes]
     machine = {"processor": processor(), "cores": os.cpu_count(), "auto": str(resolve_dtype("auto", args.device))}
     total = args.rounds * sum(map(len, comparisons))
@@ -245,4 +248,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("benchmark", main)
+    sys.exit(exit_status("benchmark", main))

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -27,11 +28,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from blsam.checkpoint import write_atomically
-from blsam.cli import parse_device
 from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
+from blsam.files import write_text
 from blsam.modeling.product import FORMS
+from blsam.options import add_option, check_output, exit_status
 from blsam.precision import DTYPES, resolve_dtype
 
 Form = Callable[[], torch.Tensor]
@@ -42,11 +42,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="vit_b", choices=sorted(n for n, c in CONFIGS.items() if not c.routed))
     add("--image-size", type=int, default=1024)
-    add("--keep-ratio", type=float, default=1.0, help="share of the tokens that ask")
+    add_option(parser, "--keep-ratio", default=1.0, help="share of the tokens that ask")
     add("--dtype", choices=DTYPES, action="append", help="repeat for several; default float32 and bfloat16")
     add("--forms", default="folded,blocked,plain,compiled,chunked,flex", metavar="F[,F...]")
     add("--repeats", type=int, default=7)
-    add("--device", type=parse_device, default="cuda" if torch.cuda.is_available() else "cpu")
+    add_option(parser, "--device")
     add("--json", type=Path, metavar="JSONL")
     args = parser.parse_args(argv)
     args.forms = args.forms.split(",")
@@ -78,7 +78,9 @@ def ours(name: str, x: dict[str, Any], through: Callable[[Form], Form] = lambda 
     side, (heads, _, d) = x["side"], x["q"].shape
     product = FORMS[name]((side, side), d)
     keys = product.keys(torch.stack([x["k"], x["v"]]).view(2, 1, heads, side, side, d))
-    run = through(lambda: product(x["q"][None], x["rel_h"][None] * product.scale, x["rel_w"][None] * product.scale, keys))
+    run = through(
+        lambda: product(x["q"][None], x["rel_h"][None] * product.scale, x["rel_w"][None] * product.scale, keys)
+    )
     return lambda: run()[0]
 
 
@@ -152,6 +154,7 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_output("--json", args.json)
     rows = [
         row
         for name in args.dtype or ("float32", "bfloat16")
@@ -167,9 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{line}{row['largest_gap']:>10.1e}{row['first_call_s']:>10.1f} s")
     if args.json:
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(args.json, lambda path: Path(path).write_text(text))
+        write_text(args.json, text)
     return 0
 
 
 if __name__ == "__main__":
-    run_script("benchmark_attention", main)
+    sys.exit(exit_status("benchmark_attention", main))

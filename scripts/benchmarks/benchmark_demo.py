@@ -24,8 +24,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from blsam.cli import DEFAULT_MODEL
-from blsam.evaluation.commands import run_script
+from blsam.options import add_option, exit_status
 
 WARM_UP = 5
 CLICK = """async ([x, y]) => {
@@ -39,7 +38,7 @@ CLICK = """async ([x, y]) => {
 @contextmanager
 def served(model: str, keep_ratio: float) -> Iterator[str]:
     """The page in a process of its own: HOST:PORT."""
-    command = [sys.executable, "-m", "blsam.cli", "demo", "--port", "0", "--model", model]
+    command = [sys.executable, "-m", "blsam", "demo", "--port", "0", "--model", model]
     server = subprocess.Popen(
         [*command, "--keep-ratio", str(keep_ratio)], stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
@@ -98,8 +97,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--photo", type=Path)
-    add("--model", default=DEFAULT_MODEL)
-    add("--keep-ratio", type=float, default=0.25)
+    add_option(parser, "--model")
+    add_option(parser, "--keep-ratio")
     add("--clicks", type=int, default=60)
     add("--chromium", default=shutil.which("chromium"))
     args = parser.parse_args()
@@ -125,4 +124,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("benchmark_demo", main)
+    sys.exit(exit_status("benchmark_demo", main))

@@ -22,9 +22,8 @@ import segment_anything
 import torch
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
-from blsam.cli import find_checkpoint
-from blsam.evaluation.commands import run_script
 from blsam.images import read_image
+from blsam.options import add_option, exit_status, find_checkpoint
 from scripts.benchmarks.benchmark_row import memory_now, memory_peak
 
 GENERATORS = ("segment_anything", "blsam")
@@ -105,9 +104,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--photo", type=Path)
-    add("--model", default="vit_t", choices=[name for name in sam_model_registry if name != "default"])
-    add("--checkpoint", type=Path)
-    add("--image-size", type=int)
+    add_option(parser, "--model", default="vit_t")
+    add_option(parser, "--checkpoint")
+    add_option(parser, "--image-size")
     add("--pred-iou-thresh", type=float, default=0.2)
     add("--stability-score-thresh", type=float, default=0.2)
     add("--rounds", type=int, default=3)
@@ -148,4 +147,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("benchmark_masks", main)
+    sys.exit(exit_status("benchmark_masks", main))

@@ -9,6 +9,7 @@ by a few pixels. Making the data is not timed.
 import argparse
 import json
 import resource
+import sys
 import tempfile
 import time
 from multiprocessing import get_context
@@ -18,11 +19,11 @@ import numpy as np
 from pycocotools import mask as rle_tools
 
 from blsam.data.annotations import Annotations, to_rle
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.instance_ap import InstanceAP
 from blsam.evaluation.prompted import PromptedIoU
 from blsam.evaluation.protocols import PROTOCOLS
 from blsam.evaluation.runner import read_part
+from blsam.options import exit_status
 
 HEIGHT, WIDTH = 480, 640
 
@@ -95,4 +96,4 @@ def report(name: str, start: float) -> float:
 
 
 if __name__ == "__main__":
-    run_script("benchmark_scoring", main)
+    sys.exit(exit_status("benchmark_scoring", main))

@@ -17,30 +17,33 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from blsam.evaluation.commands import run_script
-from blsam.evaluation.report import provenance
+from blsam.commands.train import add_arguments, settings_of
+from blsam.distributed import World
+from blsam.files import provenance
+from blsam.options import Parser, UsageError, check_output, exit_status
 from blsam.training.loop import one_step, set_up, training_loader
 from blsam.training.metrics import Rows
-from blsam.training.parallel import World
-from blsam.training.settings import TrainSettings, build_parser, parse_settings
+from blsam.training.settings import TrainSettings
 
 PARTS = ("data", "teacher", "student", "decoder", "decoder_backward", "student_backward", "optimiser")
 DATA_STEPS = 20  # of the data alone
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser(__doc__)
+    parser = Parser(description=__doc__)
+    add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="OUT", help="append the row to this file")
     arguments = sys.argv[1:] if argv is None else argv
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*arguments, "--output", folder]
-        settings = parse_settings(parser, arguments)
+        args = parser.parse_args(arguments)
+        settings = settings_of(args)
         if settings.steps is None or settings.steps < 2:
-            parser.error("--steps must be given, and at least 2: the first is not counted")
+            raise UsageError("--steps must be given, and at least 2: the first is not counted")
+        check_output("--json", args.json, taken=(args.init, args.teacher_checkpoint, *args.data))
         row = measure(replace(settings, log_every=1))  # so that a GPU is waited for at every part
-        target = parser.parse_args(arguments).json
-    if target is not None:
-        with target.open("a") as file:
+    if args.json is not None:
+        with args.json.open("a") as file:
             file.write(json.dumps(row) + "\n")
     total = sum(row.get(f"s_{part}", 0) for part in PARTS)
     print(f"{row['model']} at {row['image_size']}, batch {row['batch_size']}, {row['precision']}:")
@@ -77,4 +80,4 @@ def measure(settings: TrainSettings) -> dict[str, float | str]:
 
 
 if __name__ == "__main__":
-    run_script("benchmark_training", main)
+    sys.exit(exit_status("benchmark_training", main))

@@ -14,25 +14,23 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import DEFAULT_MODEL, find_checkpoint
-from blsam.config import CONFIGS
 from blsam.data.sa1b import IMAGE_SUFFIXES
-from blsam.evaluation.commands import run_script
-from blsam.evaluation.report import write_json
+from blsam.files import write_json
 from blsam.images import read_image
 from blsam.modeling.windows import real_tokens
+from blsam.options import add_option, check_output, exit_status, find_checkpoint, parse_ratios
 
 
 @torch.no_grad()
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=tuple(CONFIGS), default=DEFAULT_MODEL)
-    add("--checkpoint", type=Path, help="default: the one that ships")
+    add_option(parser, "--model")
+    add_option(parser, "--checkpoint")
     add("--images", type=Path, required=True, metavar="DIR")
     add("--limit", type=int, default=50)
-    add("--image-size", type=int)
-    add("--keep-ratios", type=lambda text: [float(part) for part in text.split(",")], default=[0.1, 0.25, 0.5])
+    add_option(parser, "--image-size")
+    add("--keep-ratios", type=parse_ratios, default=[0.1, 0.25, 0.5])
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args()
     if not args.images.is_dir():
@@ -41,7 +39,9 @@ def main() -> int:
     if not photos:
         raise FileNotFoundError(f"no photo in {args.images}")
 
-    sam = sam_model_registry[args.model](find_checkpoint(args.model, args.checkpoint), image_size=args.image_size)
+    checkpoint = find_checkpoint(args.model, args.checkpoint)
+    check_output("--json", args.json, taken=(checkpoint, *photos))
+    sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size)
     full, half = sam.image_encoder, copy.deepcopy(sam.image_encoder).use_dtype(torch.bfloat16)
     transform, side = SamPredictor(sam).transform, full.img_size // 16
     found = {keep: {"cosine": [], "same_prime_tokens": []} for keep in args.keep_ratios}
@@ -73,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("compare_precision", main)
+    sys.exit(exit_status("compare_precision", main))

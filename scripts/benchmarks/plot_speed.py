@@ -5,13 +5,14 @@ python -m scripts.benchmarks.plot_speed       # scripts/benchmarks/results/speed
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from blsam.checkpoint import write_atomically
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
+from blsam.options import exit_status
 
 COLOURS = {"segment_anything:vit_b": "tab:gray", "vit_b": "tab:blue", "blsam_vit_b": "tab:orange"}
 STYLES = {"float32": "o-", "bfloat16": "s--"}
@@ -85,4 +86,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("plot_speed", main)
+    sys.exit(exit_status("plot_speed", main))

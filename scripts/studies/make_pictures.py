@@ -8,6 +8,7 @@ The page wants Chromium (--chromium PATH) and Playwright, as the tests of the de
 import argparse
 import io
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,10 +17,9 @@ from PIL import Image
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import DEFAULT_MODEL, find_checkpoint
 from blsam.cli import main as command_line
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
+from blsam.options import DEFAULT_MODEL, exit_status, find_checkpoint
 from scripts.benchmarks.benchmark_demo import served
 from scripts.visualize_routing import draw
 
@@ -83,4 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("make_pictures", main)
+    sys.exit(exit_status("make_pictures", main))

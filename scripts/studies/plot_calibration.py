@@ -5,6 +5,7 @@ python -m scripts.studies.plot_calibration     # scripts/studies/results/calibra
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-from blsam.checkpoint import write_atomically
-from blsam.evaluation.commands import run_script
+from blsam.files import write_atomically
+from blsam.options import check_output, exit_status
 
 COLOURS = {0.1: "tab:red", 0.25: "tab:orange", 0.5: "tab:green"}  # by keep ratio
 
@@ -53,6 +54,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=Path("scripts/studies/results/calibration"))
     parser.add_argument("--output", type=Path, default=Path("docs/calibration.png"))
     args = parser.parse_args()
+    check_output("--output", args.output, taken=args.results.glob("*.jsonl"))
     figure = Figure((8, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     draw(left, read(args.results / "photos.jsonl"), "photos", "photos")
@@ -65,4 +67,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("plot_calibration", main)
+    sys.exit(exit_status("plot_calibration", main))

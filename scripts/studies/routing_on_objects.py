@@ -21,28 +21,28 @@ import torch
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import DEFAULT_MODEL, find_checkpoint
-from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations, Photo
-from blsam.evaluation.commands import run_script
+from blsam.files import write_text
 from blsam.images import read_image
 from blsam.modeling.routing import route
 from blsam.modeling.windows import PATCH, real_tokens
+from blsam.options import ROUTED, add_option, check_output, exit_status, find_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", choices=[name for name, config in CONFIGS.items() if config.routed], default=DEFAULT_MODEL)
-    add("--checkpoint", type=Path, help="default: the one that ships")
+    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--checkpoint")
     add("--annotations", type=Path, metavar="JSON", required=True, help="COCO's format")
     add("--annotation-images", type=Path, metavar="DIR", required=True)
-    add("--keep-ratio", type=float, default=0.25)
+    add_option(parser, "--keep-ratio")
     add("--json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
     annotations = Annotations(args.annotations, args.annotation_images, "coco")
-    sam = sam_model_registry[args.model](find_checkpoint(args.model, args.checkpoint), keep_ratio=args.keep_ratio)
+    checkpoint = find_checkpoint(args.model, args.checkpoint)
+    check_output("--json", args.json, taken=(args.annotations, checkpoint))
+    sam = sam_model_registry[args.model](checkpoint, keep_ratio=args.keep_ratio)
     predictor = SamPredictor(sam)
     sums = [
         stage_sums(predictor, annotations, photo)
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
               f"prime ones (best {stage['best']:.1f}), gain {stage['gain']:.1f} % ({low:.1f} to {high:.1f})")  # fmt: skip
     if args.json is not None:
         text = json.dumps(result, indent=1) + "\n"
-        write_atomically(args.json, lambda path: Path(path).write_text(text))
+        write_text(args.json, text)
     return 0
 
 
@@ -107,4 +107,4 @@ def figures(sums: np.ndarray, resamples: int = 1000) -> list[dict[str, float | l
 
 
 if __name__ == "__main__":
-    run_script("routing_on_objects", main)
+    sys.exit(exit_status("routing_on_objects", main))

@@ -27,13 +27,13 @@ import torch
 from tqdm import tqdm
 
 from blsam import sam_model_registry
-from blsam.checkpoint import sha256
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
+from blsam.files import sha256
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
+from blsam.options import ROUTED, add_option, check_output, exit_status
 from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
 from blsam.training.losses import cosine_loss
@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("study", choices=("routing", "photos", "steps", "heads", "kinds"))
-    add("--model", default="blsam_vit_t", choices=[name for name, config in CONFIGS.items() if config.routed])
+    add_option(parser, "--model", choices=ROUTED)
     add("--checkpoint", type=Path, required=True, help="of the dense model")
     add("--images", type=Path, metavar="DIR", help="photos to calibrate on (not for kinds)")
     add("--test-images", type=Path, required=True, metavar="DIR", help="photos for the cosines")
@@ -167,6 +167,8 @@ def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[s
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    for path in (args.output, args.output.with_suffix(".safetensors")):  # the latter while a variant is measured
+        check_output("--output", path, taken=(args.checkpoint, args.annotations))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     lines = args.output.read_text().splitlines() if args.output.is_file() else []
     done = {json.loads(line)["of"] for line in lines}
@@ -189,4 +191,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_script("study_calibration", main)
+    sys.exit(exit_status("study_calibration", main))

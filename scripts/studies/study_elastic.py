@@ -24,33 +24,32 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from blsam import sam_model_registry
-from blsam.checkpoint import write_atomically
-from blsam.cli import find_checkpoint
-from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
-from blsam.evaluation.report import provenance
+from blsam.files import provenance, write_atomically, write_text
+from blsam.options import ROUTED, add_option, check_output, exit_status, find_checkpoint, parse_ratios
 from scripts.benchmarks.benchmark import compare, processor
 from scripts.benchmarks.benchmark_row import Row
 
 PROMPTS = {"box": "box", "center": "one point in the middle"}
 
 
-def ratios(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="blsam_vit_t", choices=[name for name, config in CONFIGS.items() if config.routed])
-    add("--checkpoint", type=Path, help="default: the one that ships")
+    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--checkpoint")
     add("--dense-checkpoint", type=Path, help="of its dense model; default: the one that ships")
     add("--annotations", type=Path, metavar="JSON")
     add("--annotation-images", type=Path, metavar="DIR")
-    add("--keep-ratios", type=ratios, default=[0.1, 0.15, 0.25, 0.35, 0.5, 1.0])
-    add("--trained", type=ratios, default=[0.1, 0.5], metavar="LOW,HIGH", help="keep ratios that it was trained with")
+    add("--keep-ratios", type=parse_ratios, default=[0.1, 0.15, 0.25, 0.35, 0.5, 1.0])
+    add(
+        "--trained",
+        type=parse_ratios,
+        default=[0.1, 0.5],
+        metavar="LOW,HIGH",
+        help="keep ratios that it was trained with",
+    )
     add("--image-size", type=int, default=512)
     add("--rounds", type=int, default=15, help="timed passes of each encoder")
     add("--results", type=Path, required=True, metavar="JSONL")
@@ -65,10 +64,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    taken = (args.annotations, args.checkpoint, args.dense_checkpoint)
+    check_output("--results", args.results, taken=taken)
+    check_output("--picture", args.picture, taken=(*taken, args.results))
     if args.annotations is not None:
         rows = measure(args)
         text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(args.results, lambda path: Path(path).write_text(text))
+        write_text(args.results, text)
     rows = [json.loads(line) for line in args.results.read_text().splitlines()]
     print(table(rows))
     if args.picture is not None:
@@ -171,4 +173,4 @@ def curve(
 
 
 if __name__ == "__main__":
-    run_script("study_elastic", main)
+    sys.exit(exit_status("study_elastic", main))

@@ -24,11 +24,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from blsam import sam_model_registry
-from blsam.checkpoint import write_atomically
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
-from blsam.evaluation.commands import run_script
 from blsam.evaluation.prompted import bootstrap, object_ious
+from blsam.files import write_atomically, write_text
+from blsam.options import ROUTED, add_option, check_output, exit_status
 from blsam.training.loop import train
 from blsam.training.settings import TrainSettings
 
@@ -60,7 +60,7 @@ VARIANTS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", default="blsam_vit_t", choices=[name for name, config in CONFIGS.items() if config.routed])
+    add_option(parser, "--model", choices=ROUTED)
     add("--teacher-checkpoint", type=Path, required=True, help="of the dense model")
     add("--init", type=Path, required=True, help="the calibrated model")
     add("--data", type=Path, nargs="+", required=True)
@@ -84,6 +84,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    taken = (args.annotations, args.init, args.teacher_checkpoint)
+    check_output("--results", args.results, taken=taken)
+    check_output("--picture", args.picture, taken=(*taken, args.results))
     annotations = Annotations(args.annotations, args.annotation_images, "coco")
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
     for seed in args.seeds:
@@ -91,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
             if not any((row["variant"], row["seed"]) == (name, seed) for row in rows):
                 rows.append(one_run(args, annotations, name, seed))
                 text = "".join(json.dumps(row) + "\n" for row in rows)
-                write_atomically(args.results, lambda path, text=text: Path(path).write_text(text))
+                write_text(args.results, text)
     report(rows)
     if args.picture is not None:
         write_atomically(args.picture, lambda path: draw(rows).savefig(path, dpi=100))
@@ -188,4 +191,4 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 
 if __name__ == "__main__":
-    run_script("study_training", main)
+    sys.exit(exit_status("study_training", main))

@@ -12,10 +12,11 @@ and optimiser add the share measured here (scripts/studies/results/training). SA
 from __future__ import annotations
 
 import argparse
+import sys
 
 from blsam.config import CONFIGS
-from blsam.evaluation.commands import run_script
 from blsam.modeling.macs import encoder_macs
+from blsam.options import exit_status
 
 PHOTOS, BYTES = 11_185_362, 10.3 * 2**40
 TEACHER_PER_SECOND = {"blsam_vit_b": 73.2, "blsam_vit_h": 21.92}  # segment-anything-fast, experiments/results.csv
@@ -58,4 +59,4 @@ def images_per_second(model: str, cached: bool) -> float:
 
 
 if __name__ == "__main__":
-    run_script("training_cost", main)
+    sys.exit(exit_status("training_cost", main))

@@ -3,8 +3,8 @@
 import pytest
 
 from blsam import sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.demo.segmenter import Segmenter
+from blsam.options import shipped_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def address():
     pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
-    command = [sys.executable, "-m", "blsam.cli", "demo", "--port", "0"]
+    command = [sys.executable, "-m", "blsam", "demo", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     try:

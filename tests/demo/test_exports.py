@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.demo import segmenter
 from blsam.demo.segmenter import Prompt, Segmenter
+from blsam.options import shipped_checkpoint
 from tests.demo.helpers import CUP, file_of, upload
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")

@@ -1,14 +1,17 @@
 """What is kept for visitors, and who has to wait."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from skimage import data
 
+from blsam import distributed, sam_model_registry
 from blsam.demo.photos import Refused
-from blsam.demo.segmenter import MAX_WAITING, Prompt
+from blsam.demo.segmenter import MAX_WAITING, Prompt, Segmenter
+from blsam.options import shipped_checkpoint
 from tests.demo.helpers import JPEG, file_of
 
 
@@ -19,7 +22,7 @@ def test_what_is_kept_is_bounded(shared):
     assert len(shared.photos) <= 3 and shared.photos.weight <= shared.photos.limit
     with pytest.raises(Refused, match="open it again"):
         shared.photo(one.id)
-    shared.encodings.limit = 2 * shared.encode(kept[-1], 0.1).nbytes
+    shared.encodings.limit = 2 * shared.encode(kept[-1], 0.1).encoded.nbytes
     for ratio in (0.1, 0.2, 0.3, 0.4):
         shared.encode(kept[-1], ratio)
     assert len(shared.encodings) == 2 and shared.encodings.get((kept[-1].id, 0.4)) is not None
@@ -37,3 +40,22 @@ def test_more_than_can_wait_are_told_so(shared, monkeypatch):
         gate.set()
     errors = [job.exception() for job in waiting if job.exception()]
     assert len(errors) == 5 and all(error.status == 503 and "try again" in str(error) for error in errors)
+
+
+def test_seconds_wait_for_the_device(monkeypatch):
+    """A device that returns from the encoder at once, and works half a second more until somebody waits for it."""
+    sam = sam_model_registry["blsam_vit_t"](shipped_checkpoint("blsam_vit_t"), image_size=64)
+    pending, encode = [], sam.encode_images
+
+    def begun(*args, **kwargs):
+        pending.append(0.5)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(sam, "encode_images", begun)
+    monkeypatch.setattr(distributed, "synchronize", lambda device: time.sleep(pending.pop() if pending else 0))
+    segmenter = Segmenter(sam)
+    photo, prompt = segmenter.add(JPEG), Prompt(((270.0, 60.0, 1),))
+    first, again = (segmenter.masks(photo, 0.25, prompt) for _ in range(2))
+    assert first.encoder >= 0.5 > again.encoder, (first.encoder, again.encoder)
+    assert segmenter.encode(photo, 0.25).seconds >= 0.5
+    assert segmenter.encode(photo, 0.5).seconds >= 0.5 and not pending

@@ -1,7 +1,9 @@
 """What the server refuses, and several visitors at once."""
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,3 +153,20 @@ def test_one_encode_for_a_photo_and_keep_ratio(client, sam, monkeypatch):
 
 def test_keep_ratios_come_in_hundredths():
     assert checked_ratio("0.254") == 0.25 and checked_ratio(1) == 1
+
+
+def test_an_upload_that_takes_too_long_is_told_so_on_python_3_10(monkeypatch):
+    """There `asyncio.TimeoutError` is no `TimeoutError`."""
+
+    class OldTimeoutError(Exception):
+        pass
+
+    async def times_out(body, seconds):
+        body.close()
+        raise OldTimeoutError
+
+    monkeypatch.setattr(asyncio, "TimeoutError", OldTimeoutError)
+    monkeypatch.setattr(asyncio, "wait_for", times_out)
+    client = TestClient(api(SimpleNamespace()))
+    answer = client.post("/api/photos", content=b"x")
+    assert answer.status_code == 408 and "took too long" in answer.json()["error"], answer.text

@@ -54,7 +54,9 @@ class PlainAttention(torch.nn.Module):
 
     def forward(self, x, queries=None):
         b = len(x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, n, ...] -> [3, B, heads, n, d]
+        q, k, v = (
+            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        )  # [B, n, ...] -> [3, B, heads, n, d]
         if queries is not None:  # the same number in every image
             places = (queries.tokens % x.shape[1]).view(b, 1, -1, 1).expand(-1, self.heads, -1, q.shape[-1])
             q = q.gather(2, places)
@@ -88,7 +90,9 @@ def test_a_routed_block_takes_another_attention():
     found = block(x, Stage(mask, scores, mask.sum(1, keepdim=True), image=prime))
 
     expected, alpha, gamma = x, block.fusion.alpha, block.fusion.gamma
-    for i, (wide, narrow) in enumerate(((block.attention, e_block.attention), (block.feed_forward, e_block.feed_forward))):
+    for i, (wide, narrow) in enumerate(
+        ((block.attention, e_block.attention), (block.feed_forward, e_block.feed_forward))
+    ):
         given = expected if i == 0 else expected.flatten(0, 1)
         d_p, d_e = wide(given).view(x.shape), narrow(given).view(x.shape)
         fused = d_p * (1 + alpha[i] * scores[..., None]) + gamma[i] * d_e

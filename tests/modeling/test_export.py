@@ -7,7 +7,7 @@ import torch
 
 from blsam.config import CONFIGS
 from blsam.modeling.image_encoder import ImageEncoder
-from tests.helpers import TINY, TINY_EXACT, TINY_SIZE, gap, images, randomize, tiny
+from tests.helpers import TINY, TINY_EXACT, gap, images, tiny
 
 SIZES = torch.tensor([[120, 160], [160, 100], [90, 50]])
 WRITES = ("scatter", "index_put", "index_copy", "copy_", "masked_fill_", "add_.", "sort.")

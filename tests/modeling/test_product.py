@@ -55,7 +55,9 @@ def test_gradients_are_those_of_the_formula(name):
     weight = torch.randn(q.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ours = product(q, rel_h * product.scale, rel_w * product.scale, product.keys(kv))
     expected = torch.autograd.grad((by_hand(*given) * weight).sum(), given)
-    for name_of, a, b in zip(("q", "rel_h", "rel_w", "kv"), torch.autograd.grad((ours * weight).sum(), given), expected):
+    for name_of, a, b in zip(
+        ("q", "rel_h", "rel_w", "kv"), torch.autograd.grad((ours * weight).sum(), given), expected
+    ):
         assert gap(a, b) < 1e-6, f"{name_of}: {gap(a, b):.1e}"
 
 

@@ -31,7 +31,11 @@ def test_queries_by_hand():
     assert stage.counts.tolist() == [[2, 1], [1, 1]]
     # window by window, in each image by image: those with two queries, with one; then the column's
     assert stage.window.tokens.tolist() == [4, 3, 7, 2, 8]
-    assert stage.window.groups == (Group(0, slice(0, 1), 1, 2), Group(0, slice(1, 2), 1, 1), Group(1, slice(0, 2), 2, 1))
+    assert stage.window.groups == (
+        Group(0, slice(0, 1), 1, 2),
+        Group(0, slice(1, 2), 1, 1),
+        Group(1, slice(0, 2), 2, 1),
+    )
     assert (stage.window.y.tolist(), stage.window.x.tolist()) == ([1, 1, 0, 0, 0], [1, 0, 1, 0, 0])
     assert stage.image.tokens.tolist() == [4, 3, 2, 7, 8]
     assert stage.image.groups == (Group(0, slice(0, 1), 1, 3), Group(0, slice(1, 2), 1, 2))

@@ -81,15 +81,16 @@ def test_two_processes_become_one(photos, tmp_path):
     """Two are asked to stop after the third of six steps; one goes on, with the moments and from the place in the data."""
     script = tmp_path / "stops.py"
     script.write_text(
-        "import signal\n"
-        "from blsam.training import loop, settings\n"
+        "import signal, sys\n"
+        "from blsam.cli import main\n"
+        "from blsam.training import loop\n"
         "step = loop.one_step\n"
         "def stops(run, *more):\n"
         "    step(run, *more)\n"
         "    if run.progress.step == 2:\n"
         "        signal.raise_signal(signal.SIGTERM)\n"
         "loop.one_step = stops\n"
-        "loop.train(settings.parse_settings(settings.build_parser('')))\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
     whole, command = (_command(photos, tmp_path / name, 6, "--lr", "2e-5") for name in ("whole", "run"))
     two = _run(str(script), *command[1:], processes=2, environment=ONE_THREAD | {"PYTHONPATH": str(ROOT)})
@@ -139,14 +140,15 @@ def test_what_torchrun_starts_again_goes_on(photos, tmp_path):
     script = tmp_path / "dies_once.py"
     script.write_text(
         "import os, sys\n"
-        "from blsam.training import loop, settings\n"
+        "from blsam.cli import main\n"
+        "from blsam.training import loop\n"
         "step = loop.one_step\n"
         "def dies(run, *more):\n"
         "    step(run, *more)\n"
         "    if run.progress.step == 2 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "        os._exit(1)\n"
         "loop.one_step = dies\n"
-        "loop.train(settings.parse_settings(settings.build_parser('')))\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
     )
     command = [str(script), *_command(photos, tmp_path / "run", 4, "--save-every", "1")[1:]]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]

@@ -15,7 +15,8 @@ from skimage import data
 
 from blsam import checkpoint as ckpt
 from blsam import sam_model_registry
-from blsam.cli import main, shipped_checkpoint
+from blsam.cli import main
+from blsam.options import shipped_checkpoint
 from blsam.training.calibrate import calibrate, choose_photos
 from blsam.training.calibration import Settings
 from tests.helpers import ROOT
@@ -130,11 +131,10 @@ def test_another_run_s_folder_is_refused(photos, tmp_path, monkeypatch):
 def test_kill_and_resume_gives_the_same_checkpoint(photos, tmp_path):
     def command(name):
         arguments = ["--images", str(photos), "--image-size", "128", "--steps", "12", "-o", str(tmp_path / name)]
-        run = "from blsam.cli import main; raise SystemExit(main())"
         return [
             sys.executable,
-            "-c",
-            run,
+            "-m",
+            "blsam",
             "calibrate",
             "--model",
             "blsam_vit_t",

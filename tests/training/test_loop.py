@@ -8,8 +8,8 @@ import torch
 
 from blsam.checkpoint import read
 from blsam.data.sa1b import choose_photos, list_photos
+from blsam.distributed import World
 from blsam.training.loop import set_up, train
-from blsam.training.parallel import World
 from blsam.training.settings import TrainSettings
 from tests.photos import write_coco, write_photos, write_tars
 from tests.training.helpers import STUDENT, column, random_vit_b, rows

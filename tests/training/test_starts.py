@@ -5,10 +5,10 @@ import torch
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.cli import shipped_checkpoint
 from blsam.modeling.attention import Attention
 from blsam.modeling.blocks import RoutedBlock
 from blsam.modeling.image_encoder import build_block
+from blsam.options import shipped_checkpoint
 from blsam.training.starts import start_attention, start_feed_forward
 from tests.helpers import TINY, randomize
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blsam.checkpoint import CheckpointError
-from blsam.cli import shipped_checkpoint
+from blsam.options import shipped_checkpoint
 from blsam.training.teachers import load_teacher
 
 

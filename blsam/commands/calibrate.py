@@ -1,0 +1,82 @@
+"""A blsam model from a SAM checkpoint and a few photos, without training.
+
+    blsam calibrate --model blsam_vit_b --checkpoint sam_vit_b_01ec64.pth --images PHOTOS -o blsam_vit_b.safetensors
+
+A run that was killed goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from ..checkpoint import SUFFIXES, checked_path
+from ..data.annotations import Annotations
+from ..files import write_json
+from ..options import ROUTED, UsageError, add_option, check_output
+from ..training.calibrate import calibrate, choose_photos, default_limit, table
+from ..training.calibration import Settings
+
+MOST_STEPS = 1000  # of a fit, however many minutes there are
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add, defaults = parser.add_argument, Settings()
+    add_option(parser, "--model", choices=ROUTED, default=None, required=True)
+    add_option(parser, "--checkpoint", required=True, help="of the dense model, in SAM's format")
+    add("--images", type=Path, required=True, metavar="DIR", help="photos, unlabelled")
+    add("--annotations", type=Path, metavar="JSON", help="COCO's format: box mean IoU before and after")
+    add("--annotation-images", type=Path, metavar="DIR")
+    add_option(parser, "--image-size")
+    add_option(parser, "--keep-ratio", default=defaults.keep_ratio)
+    add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, help=f"of each fit, twice as many of each stage; {defaults.steps}")
+    length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
+    add("--seed", type=int, default=defaults.seed)
+    add_option(parser, "--device")
+    add_option(
+        parser, "--dtype", default=defaults.dtype, help="of the fits; auto: bfloat16 where there is hardware for it"
+    )
+    add("--json", type=Path, metavar="OUT", help="the report")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="checkpoint, .safetensors or .pth")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Calibrate, print the report as a table, write the checkpoint and the report."""
+    if (args.annotations is None) != (args.annotation_images is None):
+        raise UsageError("--annotations and --annotation-images go together")
+    for name, value, least in (("--steps", args.steps, 0), ("--limit", args.limit, 2)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is at least {least}")
+    if not 0 < args.keep_ratio < 1 or (args.minutes is not None and not args.minutes > 0):
+        raise UsageError("--keep-ratio lies between 0 and 1, --minutes above 0")
+    checked_path(args.checkpoint)
+    photos = choose_photos(args.images, default_limit(args.model) if args.limit is None else args.limit, args.seed)
+    read = (args.checkpoint, args.annotations, *photos)
+    check_output("--output", args.output, taken=read, what="a checkpoint", suffixes=SUFFIXES)
+    check_output("--json", args.json, taken=(*read, args.output), suffixes=(".json",))
+    annotations = None
+    if args.annotations is not None:
+        annotations = Annotations(args.annotations, args.annotation_images, "coco")
+    settings = Settings(keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype)
+    steps = MOST_STEPS if args.minutes is not None else args.steps
+    if steps is not None:
+        settings = replace(settings, steps=steps, stage_steps=2 * steps)
+    report = calibrate(
+        args.model,
+        args.checkpoint,
+        photos,
+        args.output,
+        image_size=args.image_size,
+        settings=settings,
+        annotations=annotations,
+        device=args.device,
+    )
+    print(table(report))
+    print(
+        f"{args.output}: {report['photos']} photos, {report['seconds'] / 60:.1f} minutes, peak {report['peak_gb']:.1f} GB"
+    )
+    if args.json:
+        write_json(args.json, report)

@@ -1,0 +1,37 @@
+"""A page to click on, on this machine, until Ctrl-C.
+
+blsam demo
+blsam demo --model vit_b --checkpoint sam_vit_b_01ec64.pth --port 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from ..options import UsageError, add_model_options, dtype_name, find_checkpoint
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--port", type=int, default=7860, help="0: any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets the whole network in; default: this machine")
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Until Ctrl-C."""
+    checkpoint = find_checkpoint(args.model, args.checkpoint)
+    if args.keep_ratio < 0.01:
+        raise UsageError("the keep ratio of the page lies between 0.01 and 1")
+    try:
+        from ..demo import page
+        from ..demo.segmenter import Segmenter
+    except ModuleNotFoundError as error:
+        raise UsageError(f"the page needs {error.name}: pip install -e '.[demo]'") from None
+    from ..build_sam import sam_model_registry
+
+    listener = page.bind(args.host, args.port)
+    build = sam_model_registry[args.model]
+    sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
+    segmenter = Segmenter(sam.to(args.device))
+    segmenter.warm_up()
+    page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)

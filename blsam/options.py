@@ -1,0 +1,209 @@
+"""What the command line and every script share: the options that say which model runs where, and how errors end.
+
+Nothing here imports torch before a device is asked for, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from .config import CONFIGS
+from .precision import DTYPES, resolve_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_MODEL = "blsam_vit_t"
+ROUTED = tuple(name for name, config in CONFIGS.items() if config.routed)
+PICTURES = (".png", ".jpg", ".jpeg")
+PACKAGE = Path(__file__).resolve().parent
+WEIGHTS = (PACKAGE / "weights", PACKAGE.parent / "checkpoints")  # of an installed package, of the repository
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+class UsageError(ValueError):
+    """Something the user can put right; printed in one line, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Keeps the line breaks of its description, and says in one line what is wrong with the options."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help)")
+
+
+def exit_status(name: str, work: Callable[[], int | None]) -> int:
+    """Run a command: the status that it returns (None: 0), or 2 after one line on what the user can put right.
+
+    Under torchrun each process says its own line: the first that fails takes the others with it before they can speak.
+    """
+    try:
+        return int(work() or 0)
+    except (OSError, ValueError, ImportError) as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"{name}{'' if rank == '0' else f', process {rank}'}: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its kind if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def parse_device(text: str) -> torch.device:
+    """A device that is there: cpu, cuda, cuda:1, mps; auto: a GPU where there is one.
+
+    "cuda" is this process's own GPU under torchrun.
+    """
+    import torch
+
+    if text == "auto":
+        text = "cuda" if torch.cuda.is_available() else "cpu"
+    if text == "cuda":
+        text = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {text!r} here ({one_line(error)})") from None
+    return device
+
+
+def parse_ratio(text: str) -> float:
+    """A keep ratio: above 0, at most 1."""
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = 0.0
+    if not 0 < ratio <= 1:
+        raise argparse.ArgumentTypeError(f"keep ratios lie in (0, 1], got {text!r}")
+    return ratio
+
+
+def parse_ratios(text: str) -> tuple[float, ...]:
+    """R[,R...]."""
+    return tuple(parse_ratio(part) for part in text.split(","))
+
+
+def parse_image_size(text: str) -> int:
+    """The side of a model's input in pixels."""
+    if not text.isdecimal() or int(text) < 16 or int(text) % 16:
+        raise argparse.ArgumentTypeError(f"an image size is a multiple of 16, got {text!r}")
+    return int(text)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "--model": {"choices": sorted(CONFIGS), "default": DEFAULT_MODEL},
+    "--checkpoint": {"type": Path, "metavar": "FILE", "help": "default: the one that ships"},
+    "--keep-ratio": {
+        "type": parse_ratio,
+        "default": 0.25,
+        "metavar": "R",
+        "help": "share of tokens that run through the wide blocks; default 0.25",
+    },
+    "--image-size": {
+        "type": parse_image_size,
+        "metavar": "S",
+        "help": "side of the model's input, a multiple of 16; default: the checkpoint's",
+    },
+    "--device": {"type": parse_device, "default": "auto", "help": "cpu, cuda, cuda:1, mps; default: a GPU if any"},
+    "--dtype": {
+        "choices": DTYPES,
+        "default": "auto",
+        "help": "of the encoder; auto: bfloat16 where there is hardware for it",
+    },
+}
+
+
+def add_option(parser: Any, name: str, **changes: Any) -> None:
+    """Add one of `OPTIONS` to a parser or a group, with what is otherwise for this command."""
+    parser.add_argument(name, **OPTIONS[name] | changes)
+
+
+def add_model_options(parser: Any) -> None:
+    """All of `OPTIONS`, as they are."""
+    for name in OPTIONS:
+        add_option(parser, name)
+
+
+def dtype_name(args: argparse.Namespace) -> str:
+    """The --dtype asked for, "auto" decided for the --device."""
+    return str(resolve_dtype(args.dtype, args.device)).removeprefix("torch.")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def shipped_checkpoint(model: str) -> Path | None:
+    """The weights that ship with the package or lie in its repository; None where a model has none."""
+    found = (folder / f"{model}.safetensors" for folder in WEIGHTS)
+    return next((path for path in found if path.is_file()), None)
+
+
+def find_checkpoint(model: str, given: Path | None) -> Path:
+    """The checkpoint asked for, or the one that ships; UsageError says where weights come from."""
+    path = given or shipped_checkpoint(model)
+    if path is None and model.endswith("vit_t"):
+        name = f"{model}.safetensors"
+        raise UsageError(
+            f"{name} is not here; take it from checkpoints/ of the blsam repository and give --checkpoint"
+        )
+    if path is None:
+        raise UsageError(
+            f"no weights ship for {model}; give --checkpoint (SAM's weights fit, see checkpoints/README.md)"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    return path
+
+
+def check_output(
+    option: str,
+    path: Path | None,
+    *,
+    taken: Iterable[Path | None] = (),
+    what: str = "its name",
+    suffixes: Sequence[str] = (),
+) -> None:
+    """UsageError unless the file that an option names can be written; called before work starts.
+
+    taken: what the command reads, or writes besides. what: a word for such a file, with its suffixes.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder; name a file in it")
+    for other in taken:
+        if other is not None and _same_file(path, other):
+            raise UsageError(f"{option} {path} would overwrite {other}, which is needed; choose another name")
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{option} {path}: {what} ends in {', '.join(suffixes)}")
+    check_folder(option, path.absolute().parent)
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """UsageError unless files can be written in a folder, which need not be there yet."""
+    nearest = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not nearest.is_dir():
+        raise UsageError(f"{option}: {nearest} is a file, not a folder; choose another place")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UsageError(f"{option}: nothing can be written in {nearest}; choose another place")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    if one.exists() and other.exists():
+        return one.samefile(other)  # links too
+    return one.resolve() == other.resolve()
