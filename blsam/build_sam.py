@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
 from . import checkpoint as ckpt
@@ -22,8 +23,9 @@ def build_sam(
     image_size: int | None = None,
     keep_ratio: float = 0.25,
     dtype: str = "float32",
+    device: torch.device | str = "cpu",
 ) -> Sam:
-    """A `Sam` in eval mode, on the CPU.
+    """A `Sam` in eval mode.
 
     Args:
         config: a row of `CONFIGS`, or one of your own.
@@ -32,12 +34,13 @@ def build_sam(
             Positions are resampled when it differs from the checkpoint's.
         keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it).
         dtype: what the encoder's products are computed and its weights held in, "float32", "bfloat16" (half the
-            memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where this processor has
+            memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where the device has
             instructions for it). Input, embedding and decoder are float32 whatever it is.
+        device: where the model is put.
 
     Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
     """
-    compute = resolve_dtype(dtype)
+    compute = resolve_dtype(dtype, device)
     state = None
     if checkpoint is not None:
         state, _ = ckpt.read(checkpoint)
@@ -65,7 +68,7 @@ def build_sam(
     if state is not None:
         ckpt.load(sam, config, state, str(checkpoint))
     sam.image_encoder.use_dtype(compute)
-    return sam.eval()
+    return sam.eval().to(device)
 
 
 Builder = Callable[..., Sam]
@@ -78,8 +81,10 @@ def _builder(name: str) -> Builder:
         image_size: int | None = None,
         keep_ratio: float = 0.25,
         dtype: str = "float32",
+        device: torch.device | str = "cpu",
     ) -> Sam:
-        return build_sam(CONFIGS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype)
+        options = {"image_size": image_size, "keep_ratio": keep_ratio, "dtype": dtype, "device": device}
+        return build_sam(CONFIGS[name], checkpoint, **options)
 
     build.__name__ = build.__qualname__ = f"build_{name}" if name.startswith("blsam") else f"build_sam_{name}"
     build.__doc__ = f"`{name}`; arguments as `build_sam`."

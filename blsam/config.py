@@ -8,7 +8,8 @@ reading in which every routed layer has a score.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 FUSE = ("sublayer", "block")
 OUT_CHANNELS = 256  # of the embedding: what SAM's decoder expects
@@ -58,6 +59,11 @@ class EncoderConfig:
     def routed(self) -> bool:
         """Whether any layer runs on a share of the tokens."""
         return bool(self.predictor_layers)
+
+    @property
+    def identity(self) -> str | dict[str, Any]:
+        """What records of a run say of a model: the name of a row of `CONFIGS`, all fields of any other."""
+        return self.name if CONFIGS.get(self.name) == self else asdict(self)
 
     def is_global(self, layer: int) -> bool:
         """Whether attention of this layer reaches over the whole image."""

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
     photos, _ = choose_photos(list_photos(args.data, args.images), args.fraction, holdout=0, seed=0)
     teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, args.image_size)
-    sam = sam_model_registry["vit_t"](image_size=args.image_size).to(args.device)  # for its preprocessing
+    sam = sam_model_registry["vit_t"](image_size=args.image_size, device=args.device)  # for its preprocessing
     settings = {"teacher": args.teacher, "teacher_sha256": sha256(args.teacher_checkpoint)}
     settings |= {"image_size": args.image_size, "views": args.views, "seed": args.seed}
     total = len(photos) * args.views

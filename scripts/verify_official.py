@@ -112,7 +112,7 @@ def compare(args: argparse.Namespace, name: str, state: ckpt.State, image: np.nd
     rows = [("segment_anything, float32", f"{seconds:.3f} s")]
 
     def ours(dtype: str) -> tuple[Any, float]:
-        sam = sam_model_registry[name](args.checkpoint, dtype=dtype).to(args.device)
+        sam = sam_model_registry[name](args.checkpoint, dtype=dtype, device=args.device)
         return encode(sam, SamPredictor, image, args.repeats)
 
     predictor, exact = ours("float32")
@@ -138,13 +138,12 @@ def agreement(found: tuple, expected: tuple) -> str:
 def calibrated(args: argparse.Namespace, name: str) -> list[tuple[str, str]]:
     """Rows of the table: the bLSAM of this checkpoint, before and after."""
     model = f"blsam_{name}"
-    photos = calibrate.choose_photos(
-        args.calibrate, calibrate.default_limit(model) if args.limit is None else args.limit, seed=0
-    )
+    limit = calibrate.default_limit(CONFIGS[model]) if args.limit is None else args.limit
+    photos = calibrate.choose_photos(args.calibrate, limit, seed=0)
     annotations = Annotations(args.annotations, args.images, "coco") if args.annotations else None
     with tempfile.TemporaryDirectory() as folder:
         report = calibrate.calibrate(
-            model,
+            CONFIGS[model],
             args.checkpoint,
             photos,
             f"{folder}/{model}.safetensors",

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from blsam import SamPredictor, sam_model_registry
 from blsam.files import write_atomically
 from blsam.images import read_image
-from blsam.options import ROUTED, UsageError, add_option, check_output, dtype_name, exit_status, find_checkpoint
+from blsam.options import ROUTED, UsageError, add_option, check_output, exit_status, find_checkpoint
 from blsam.visualize import routing_figure
 
 
@@ -50,8 +50,14 @@ def main() -> int:
     images = [read_image(photo) for photo in args.photos]
 
     build = sam_model_registry[args.model]
-    sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
-    predictor = SamPredictor(sam.to(args.device))
+    sam = build(
+        checkpoint,
+        image_size=args.image_size,
+        keep_ratio=args.keep_ratio,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    predictor = SamPredictor(sam)
     for path, image in zip(paths, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
         draw(predictor, image, path)
         print(path)

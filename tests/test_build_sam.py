@@ -27,3 +27,9 @@ def test_warm_start_through_the_builder_at_keep_1(tmp_path, suffix):
         assert difference <= 1e-4, f"{difference:.1e} with true_sizes {sizes}"
     larger = build_sam(TINY, path, image_size=224).state_dict()
     assert larger["image_encoder.pos_embed"].shape == (1, 14, 14, TINY.dim)
+
+
+def test_auto_is_decided_for_the_device_that_is_asked_for():
+    sam = build_sam(TINY, image_size=TINY_SIZE, dtype="auto", device="meta")  # has no instructions for bfloat16
+    assert sam.device.type == "meta"
+    assert {p.dtype for p in sam.image_encoder.parameters()} == {torch.float32}

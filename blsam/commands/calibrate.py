@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import SUFFIXES, checked_path
+from ..config import CONFIGS
 from ..data.annotations import Annotations
 from ..files import write_json
 from ..options import ROUTED, UsageError, add_option, check_output
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.keep_ratio < 1 or (args.minutes is not None and not args.minutes > 0):
         raise UsageError("--keep-ratio lies between 0 and 1, --minutes above 0")
     checked_path(args.checkpoint)
-    photos = choose_photos(args.images, default_limit(args.model) if args.limit is None else args.limit, args.seed)
+    config = CONFIGS[args.model]
+    photos = choose_photos(args.images, default_limit(config) if args.limit is None else args.limit, args.seed)
     read = (args.checkpoint, args.annotations, *photos)
     check_output("--output", args.output, taken=read, what="a checkpoint", suffixes=SUFFIXES)
     check_output("--json", args.json, taken=(*read, args.output), suffixes=(".json",))
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if steps is not None:
         settings = replace(settings, steps=steps, stage_steps=2 * steps)
     report = calibrate(
-        args.model,
+        config,
         args.checkpoint,
         photos,
         args.output,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..options import UsageError, add_model_options, dtype_name, find_checkpoint
+from ..options import UsageError, add_model_options, find_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,13 @@ def run(args: argparse.Namespace) -> None:
 
     listener = page.bind(args.host, args.port)
     build = sam_model_registry[args.model]
-    sam = build(checkpoint, image_size=args.image_size, keep_ratio=args.keep_ratio, dtype=dtype_name(args))
-    segmenter = Segmenter(sam.to(args.device))
+    sam = build(
+        checkpoint,
+        image_size=args.image_size,
+        keep_ratio=args.keep_ratio,
+        dtype=args.dtype,
+        device=args.device,
+    )
+    segmenter = Segmenter(sam)
     segmenter.warm_up()
     page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)

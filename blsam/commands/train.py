@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("fp32", "bf16"))
     add("--strategy", choices=STRATEGIES, help="of several processes; fsdp for ViT-H")
     add("--checkpointing", action="store_true", help="recompute activations instead of keeping them")
-    add("--compile", choices=("teacher", "all"), help="torch.compile of the teacher, or of the student's blocks too")
+    add("--compile", choices=("teacher",), help="torch.compile of the teacher")
     add("--output", type=Path, required=True, metavar="DIR", help="run folder")
     add("--resume", action="store_true", help="go on in it; torchrun's restarts do so by themselves")
     given = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING and f.name != "device"}
@@ -118,7 +118,7 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
     resume = args.resume or (restarted and (not main or begun_by(args.output) == launcher()))
     if main and not resume and args.output.is_dir() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; --resume continues the run in it")
-    values = vars(args) | {"data": tuple(args.data), "resume": resume}
+    values = vars(args) | {"model": CONFIGS[args.model], "data": tuple(args.data), "resume": resume}
     return TrainSettings(**{f.name: values[f.name] for f in fields(TrainSettings)})
 
 

@@ -68,9 +68,10 @@ def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
     checkpoint = None if args.random_weights else find_checkpoint(args.model, args.checkpoint)
     keep_ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
     build = sam_model_registry[args.model]
-    sam = build(checkpoint, image_size=args.image_size, keep_ratio=keep_ratio, dtype=dtype_name(args))
+    options = {"keep_ratio": keep_ratio, "dtype": args.dtype, "device": args.device}
+    sam = build(checkpoint, image_size=args.image_size, **options)
     kind = SamPredictor if args.predictor == "blsam" else segment_anything.SamPredictor
-    return kind(sam.to(args.device)), checkpoint
+    return kind(sam), checkpoint
 
 
 def _of_others(args: argparse.Namespace) -> tuple[Any, Path | None]:

@@ -14,8 +14,8 @@ import torch
 from tqdm import tqdm
 
 from .. import checkpoint as ckpt
-from ..build_sam import sam_model_registry
-from ..config import CONFIGS
+from ..build_sam import build_sam
+from ..config import EncoderConfig
 from ..data.annotations import Annotations
 from ..data.sa1b import IMAGE_SUFFIXES
 from ..distributed import peak_gb
@@ -27,9 +27,9 @@ from ..predictor import SamPredictor
 from .calibration import Calibration, Settings
 
 
-def default_limit(model: str) -> int:
+def default_limit(config: EncoderConfig) -> int:
     """Photos used when nobody says how many."""
-    return 64 if CONFIGS[model].dim < 384 else 16
+    return 64 if config.dim < 384 else 16
 
 
 def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
@@ -44,7 +44,7 @@ def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
 
 
 def calibrate(
-    model: str,
+    config: EncoderConfig,
     checkpoint: str | Path,
     photos: Sequence[Path],
     output: str | Path,
@@ -55,7 +55,7 @@ def calibrate(
     device: torch.device | str = "cpu",
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Fit `model` (a `blsam_*`) to a SAM checkpoint on unlabelled photos, write it to `output`, return the report.
+    """Fit a big.LITTLE model to a SAM checkpoint on unlabelled photos, write it to `output`, return the report.
 
     The report: `by_keep_ratio`, a list of keep_ratio, cosine_before and cosine_after (held-out photos, to the dense
     embedding; before: zero E-branches and a fresh seeded predictor) and, with annotations, box_miou_before, _after,
@@ -70,14 +70,14 @@ def calibrate(
     if any(ckpt.NEW.match(key) for key in state):
         raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")
     torch.manual_seed(settings.seed)
-    sam = sam_model_registry[model](checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio).to(device)
+    sam = build_sam(config, checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio, device=device)
 
     def inputs(i: int) -> tuple[torch.Tensor, tuple[int, int]]:
         return prepare(sam, photos[i])
 
     folder = output.with_name(output.name + ".calibration")
     files = [(str(p), p.stat().st_size) for p in photos]
-    identity = json.dumps([sha256(checkpoint), model, sam.image_encoder.img_size, files])
+    identity = json.dumps([sha256(checkpoint), config.identity, sam.image_encoder.img_size, files])
     with tqdm(total=100, unit="%", disable=quiet or not sys.stderr.isatty()) as bar:
         log: list[str] = []
 
@@ -103,7 +103,7 @@ def calibrate(
             row["box_miou_after"] = box_miou(sam, annotations, row["keep_ratio"])
             row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(sam, annotations, 1.0)
     report = {"by_keep_ratio": rows, **found, "log": log, "photos": len(photos), "peak_gb": peak_gb(sam.device)}
-    metadata = {"model": model, "image_size": sam.image_encoder.img_size, "calibration": report}
+    metadata = {"model": config.name, "image_size": sam.image_encoder.img_size, "calibration": report}
     ckpt.save(output, sam.state_dict(), metadata)
     shutil.rmtree(folder)
     return report

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ..build_sam import sam_model_registry
+from ..build_sam import build_sam
 from ..checkpoint import read
 from ..config import CONFIGS
 from ..data.sa1b import TarPhoto, TrainingPhoto, choose_photos, list_photos
@@ -221,7 +221,7 @@ def save(run: Run) -> None:
 
 def _metadata(run: Run) -> dict[str, str]:
     settings = run.settings
-    return {"model": settings.model, "image_size": str(settings.image_size), "step": str(run.progress.step)}
+    return {"model": settings.model.name, "image_size": str(settings.image_size), "step": str(run.progress.step)}
 
 
 def autocast(settings: TrainSettings) -> torch.autocast:
@@ -258,7 +258,6 @@ def set_up(settings: TrainSettings, world: World) -> Run:
         settings.device,
         strategy=settings.strategy,
         checkpointing=settings.checkpointing,
-        compiled=settings.compile == "all",
     )
     steps = settings.steps or ENDLESS
     if settings.epochs:
@@ -307,8 +306,7 @@ def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple
         decoder, _ = read(cache.decoder)
     start = settings.init or (settings.teacher_checkpoint if settings.teacher in CONFIGS else None)
     torch.manual_seed(settings.seed)  # fresh E-blocks and predictors
-    build = sam_model_registry[settings.model]
-    sam = build(start, image_size=settings.image_size, keep_ratio=settings.keep_ratio[0])
+    sam = build_sam(settings.model, start, image_size=settings.image_size, keep_ratio=settings.keep_ratio[0])
     sam.prompt_encoder.requires_grad_(False)
     if settings.stage == "encoder":
         sam.load_state_dict(decoder, strict=False)

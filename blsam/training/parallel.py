@@ -18,21 +18,16 @@ from .objective import TrainedSam
 STRATEGIES = ("ddp", "fsdp")
 
 
-def prepare(
-    model: TrainedSam, world: World, device: torch.device, *, strategy: str, checkpointing: bool, compiled: bool
-) -> nn.Module:
-    """Activation checkpointing, then compilation, block by block; then the processes' share of it all.
+def prepare(model: TrainedSam, world: World, device: torch.device, *, strategy: str, checkpointing: bool) -> nn.Module:
+    """Activation checkpointing, block by block, then the processes' share of it all.
 
-    Blocks must be wrapped before they are compiled, and compiled before they are sharded: each step works on what the
-    one before made, and parameters must have their last form before an optimiser sees them.
+    Blocks must be wrapped before they are sharded, and parameters have their last form before an optimiser sees them.
+    The student is not compiled: its index lists change their shapes from step to step.
     """
     model = model.to(device)
     if checkpointing:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     blocks = list(model.sam.image_encoder.blocks)
-    if compiled:
-        for block in blocks:
-            block.compile()
     if world.size == 1:
         return model
     if strategy == "fsdp":

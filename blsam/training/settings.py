@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..config import EncoderConfig
 from ..distributed import CPU
 
 # what may change when a run goes on: where things lie, how long it takes, how it is computed and logged
@@ -22,7 +23,7 @@ FREE |= {"device", "strategy", "checkpointing", "compile", "workers", "validate_
 class TrainSettings:
     """What `blsam train --help` says of each."""
 
-    model: str
+    model: EncoderConfig
     data: tuple[Path, ...]
     output: Path
     images: Path | None = None
@@ -70,7 +71,7 @@ class TrainSettings:
 
     def as_json(self) -> dict[str, Any]:
         """As json holds it; paths and the device as text."""
-        return json.loads(json.dumps(asdict(self), default=str))
+        return json.loads(json.dumps(asdict(self) | {"model": self.model.identity}, default=str))
 
     @property
     def supervised(self) -> bool:

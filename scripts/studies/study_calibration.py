@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from blsam import sam_model_registry
-from blsam.config import CONFIGS
+from blsam.build_sam import build_sam
+from blsam.config import CONFIGS, EncoderConfig
 from blsam.data.annotations import Annotations
 from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.files import sha256
@@ -75,7 +75,7 @@ class Meter:
     """Cosines to a dense model's embeddings, photo by photo."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.dense = sam_model_registry[args.model.removeprefix("blsam_")](args.checkpoint)
+        self.dense = build_sam(CONFIGS[args.model].dense, args.checkpoint)
         self.weights = sha256(args.checkpoint)
         self.inputs = [prepare(self.dense, path) for path in choose_photos(args.test_images, TEST_PHOTOS, args.seed)]
         with torch.no_grad():
@@ -94,18 +94,20 @@ class Meter:
         return np.array(found)
 
 
-def fitted(args: argparse.Namespace, photos: list[Path], settings: Settings) -> tuple[Sam, dict[str, Any]]:
+def fitted(
+    args: argparse.Namespace, config: EncoderConfig, photos: list[Path], settings: Settings
+) -> tuple[Sam, dict[str, Any]]:
     """A calibrated model and what its calibration took."""
     path = args.output.with_suffix(".safetensors")
-    report = calibrate(args.model, args.checkpoint, photos, path, settings=settings)
-    sam = sam_model_registry[args.model](path)
+    report = calibrate(config, args.checkpoint, photos, path, settings=settings)
+    sam = build_sam(config, path)
     path.unlink()
     return sam, {key: report[key] for key in ("photos", "seconds")}
 
 
 def routings(args: argparse.Namespace, meter: Meter, sam: Sam, took: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """E-branches x routing x keep ratio; each paired with random routing of the same E-branches, and with dense."""
-    zero = sam_model_registry[args.model](args.checkpoint)
+    zero = build_sam(sam.image_encoder.config, args.checkpoint)
     zero.image_encoder.predictors.load_state_dict(sam.image_encoder.predictors.state_dict())
     dense = _boxes(meter.dense, meter.annotations, 1.0) if meter.annotations else None
     for name, model in (("zero", zero), ("fitted", sam)):
@@ -150,15 +152,16 @@ def variants(args: argparse.Namespace) -> list[Any]:
 def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[str, Any]]:
     """The rows of one variant."""
     settings, folder, count = Settings(seed=args.seed), args.images, args.limit
+    config = CONFIGS[args.model]
     if args.study == "photos":
         count = value
     elif args.study == "steps":
         settings = replace(settings, steps=value, stage_steps=2 * value)
-    elif args.study == "heads":  # what the registry builds from now on, in this process
-        CONFIGS[args.model] = replace(CONFIGS[args.model], e_global_heads=value)
+    elif args.study == "heads":
+        config = replace(config, e_global_heads=value)
     elif args.study == "kinds":
         folder = value[1]
-    sam, took = fitted(args, choose_photos(folder, count, args.seed), settings)
+    sam, took = fitted(args, config, choose_photos(folder, count, args.seed), settings)
     if args.study == "routing":
         yield from routings(args, meter, sam, took)
     else:

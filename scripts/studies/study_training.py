@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from blsam import sam_model_registry
+from blsam.build_sam import build_sam
 from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.evaluation.prompted import bootstrap, object_ious
@@ -104,15 +104,15 @@ def main(argv: list[str] | None = None) -> int:
 def one_run(args: argparse.Namespace, annotations: Annotations, name: str, seed: int) -> dict[str, Any]:
     """Train a variant; what validation saw on the way and the annotated objects in the end."""
     variant, preset = VARIANTS[name], CONFIGS[args.model]
+    config = replace(preset, **variant.model)
     print(f"{name}, seed {seed}", file=sys.stderr)
-    CONFIGS[args.model] = replace(preset, **variant.model)  # what the registry builds from now on
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainSettings(
-            model=args.model,
+            model=config,
             data=tuple(args.data),
             output=Path(folder) / "run",
             init=args.init if variant.calibrated else None,
-            teacher=args.model.removeprefix("blsam_"),
+            teacher=preset.dense.name,
             teacher_checkpoint=args.teacher_checkpoint,
             image_size=args.image_size,
             distill_weight=variant.distill_weight,
@@ -133,8 +133,7 @@ def one_run(args: argparse.Namespace, annotations: Annotations, name: str, seed:
             raise ValueError("no photo was held out for validation: a larger --holdout")
         if curve[-1]["step"] < args.steps:
             raise ValueError(f"{name}, seed {seed}, was interrupted; the same command goes on with it")
-        ious, images = object_ious(sam_model_registry[args.model](path), annotations, 0.25, PROMPTS)
-    CONFIGS[args.model] = preset
+        ious, images = object_ious(build_sam(config, path), annotations, 0.25, PROMPTS)
     _, photo, objects = np.unique(images, return_inverse=True, return_counts=True)
     photos = {prompt: (np.bincount(photo, values) / objects).round(3).tolist() for prompt, values in ious.items()}
     row = {"variant": name, "seed": seed, "image_size": args.image_size, "seconds": round(seconds), "curve": curve}

@@ -2,6 +2,7 @@
 
 import pytest
 
+from blsam.config import CONFIGS
 from blsam.training.settings import TrainSettings
 from tests.photos import write_photos
 from tests.training.helpers import STUDENT, TEACHER
@@ -16,7 +17,7 @@ def photos(tmp_path_factory):
 def settings(photos, tmp_path):
     """A run of 3 steps of the shipped student at 128."""
     return TrainSettings(
-        model="blsam_vit_t",
+        model=CONFIGS["blsam_vit_t"],
         data=(photos,),
         output=tmp_path / "run",
         init=STUDENT,

@@ -16,6 +16,7 @@ from skimage import data
 from blsam import checkpoint as ckpt
 from blsam import sam_model_registry
 from blsam.cli import main
+from blsam.config import CONFIGS
 from blsam.options import shipped_checkpoint
 from blsam.training.calibrate import calibrate, choose_photos
 from blsam.training.calibration import Settings
@@ -42,7 +43,7 @@ def calibrated(photos, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "small.safetensors"
     chosen = choose_photos(photos, 64, 0)
     settings = Settings(steps=60, stage_steps=60)
-    report = calibrate("blsam_vit_t", DENSE, chosen, path, image_size=128, settings=settings, quiet=True)
+    report = calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=128, settings=settings, quiet=True)
     return path, report
 
 
@@ -59,7 +60,9 @@ def test_the_stages_come_nearer_to_the_dense_stream_with_their_steps(photos, tmp
     def errors(stage_steps):
         settings = Settings(steps=2, stage_steps=stage_steps)
         chosen, path = choose_photos(photos, 6, 0), tmp_path / "a.safetensors"
-        log = calibrate("blsam_vit_t", DENSE, chosen, path, image_size=128, settings=settings, quiet=True)["log"]
+        log = calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=128, settings=settings, quiet=True)[
+            "log"
+        ]
         return [float(line.split("error ")[1].split(",")[0]) for line in log if "error" in line]
 
     first, later = errors(0), errors(40)
@@ -69,7 +72,7 @@ def test_the_stages_come_nearer_to_the_dense_stream_with_their_steps(photos, tmp
 def test_a_time_limit_is_said_and_ends_with_fewer_steps(photos, tmp_path):
     settings = Settings(steps=10**6, stage_steps=10**6, minutes=0.02)
     chosen, path = choose_photos(photos, 3, 0), tmp_path / "a.safetensors"
-    report = calibrate("blsam_vit_t", DENSE, chosen, path, image_size=64, settings=settings, quiet=True)
+    report = calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=64, settings=settings, quiet=True)
     assert any("without the limit of 0.02" in line for line in report["log"])
     assert all(np.isfinite(value) for value in report["explained"].values())
 
@@ -122,9 +125,9 @@ def test_another_run_s_folder_is_refused(photos, tmp_path, monkeypatch):
         calibration.Calibration, "_correct", lambda self, start: (_ for _ in ()).throw(OSError("stop"))
     )
     with pytest.raises(OSError, match="stop"):
-        calibrate("blsam_vit_t", DENSE, chosen, path, image_size=64, settings=QUICK, quiet=True)
+        calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=64, settings=QUICK, quiet=True)
     with pytest.raises(ValueError, match="other settings"):
-        calibrate("blsam_vit_t", DENSE, chosen, path, image_size=64, settings=Settings(steps=5), quiet=True)
+        calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=64, settings=Settings(steps=5), quiet=True)
 
 
 @pytest.mark.e2e
@@ -171,7 +174,7 @@ def test_calibration_of_vit_b_at_1024(tmp_path):
     for name in ("astronaut", "coffee", "chelsea", "rocket"):
         Image.fromarray(getattr(data, name)()).save(tmp_path / f"{name}.png")
     output, photos = tmp_path / "blsam_vit_b.safetensors", sorted(tmp_path.glob("*.png"))
-    report = calibrate("blsam_vit_b", checkpoint, photos, output, settings=Settings(steps=4, stage_steps=2))
+    report = calibrate(CONFIGS["blsam_vit_b"], checkpoint, photos, output, settings=Settings(steps=4, stage_steps=2))
     print(f"\n{len(photos)} photos, {report['seconds']:.0f} s, peak {report['peak_gb']:.1f} GB")
     print("\n".join(report["log"]))
     for row in report["by_keep_ratio"]:

@@ -1,12 +1,13 @@
 """Training: equal gradients however a step is cut up, tars, damaged photos, validation."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from blsam.checkpoint import read
+from blsam.config import CONFIGS
 from blsam.data.sa1b import choose_photos, list_photos
 from blsam.distributed import World
 from blsam.training.loop import set_up, train
@@ -110,6 +111,17 @@ def test_a_run_that_ended_and_goes_on_validates_each_step_once(settings):
     assert facts["best"] == pytest.approx(column(settings.output, "val_box").max().item(), abs=1e-4)
 
 
+def test_a_configuration_of_one_s_own_is_trained_and_written_down(settings):
+    mine = replace(settings.model, score="norm")
+    train(replace(settings, model=mine, steps=1))
+    stored = json.loads((settings.output / "config.json").read_text())
+    assert stored["model"] == json.loads(json.dumps(asdict(mine)))
+    with pytest.raises(ValueError, match="was begun with model"):
+        train(replace(settings, steps=2, resume=True))
+    train(replace(settings, model=mine, steps=2, resume=True))
+    assert [row["step"] for row in rows(settings.output) if "total" in row] == [1, 2]
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(settings):
     with pytest.raises(ValueError, match="step 1: the gradient is not finite"):
         train(replace(settings, lr=1e30, save_every=1))
@@ -120,7 +132,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(settings):
 def test_a_training_step_of_blsam_vit_b_at_1024(tmp_path):
     checkpoint = random_vit_b(tmp_path / "sam_vit_b.pth")
     settings = TrainSettings(
-        model="blsam_vit_b",
+        model=CONFIGS["blsam_vit_b"],
         data=(write_photos(tmp_path / "photos", 2),),
         output=tmp_path / "run",
         teacher="vit_b",
