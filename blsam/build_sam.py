@@ -23,7 +23,7 @@ def build_sam(
     image_size: int | None = None,
     keep_ratio: float = 0.25,
     dtype: str = "float32",
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> Sam:
     """A `Sam` in eval mode.
 
@@ -36,10 +36,11 @@ def build_sam(
         dtype: what the encoder's products are computed and its weights held in, "float32", "bfloat16" (half the
             memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where the device has
             instructions for it). Input, embedding and decoder are float32 whatever it is.
-        device: where the model is put.
+        device: where the model is put; None: where torch makes new tensors, which is the CPU unless it is told otherwise.
 
     Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
     """
+    device = torch.get_default_device() if device is None else device
     compute = resolve_dtype(dtype, device)
     state = None
     if checkpoint is not None:
@@ -81,7 +82,7 @@ def _builder(name: str) -> Builder:
         image_size: int | None = None,
         keep_ratio: float = 0.25,
         dtype: str = "float32",
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ) -> Sam:
         options = {"image_size": image_size, "keep_ratio": keep_ratio, "dtype": dtype, "device": device}
         return build_sam(CONFIGS[name], checkpoint, **options)
