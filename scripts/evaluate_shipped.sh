@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every evaluation figure of the README, measured again and compared with what is committed.
+# Every evaluation figure of docs/evaluation.md, measured again and compared with what is committed.
 #
 #     BLSAM_DATA=DATA scripts/evaluate_shipped.sh [NAME...]      # about 12 minutes on two cores
 #     UPDATE=1 scripts/evaluate_shipped.sh [NAME...]             # make the measured figures the expected ones

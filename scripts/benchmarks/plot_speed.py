@@ -1,4 +1,4 @@
-"""The two pictures of speed in the README, from the benchmark's rows.
+"""The two pictures in docs/speed.md, from the benchmark's rows.
 
 python -m scripts.benchmarks.plot_speed       # scripts/benchmarks/results/speed/*.jsonl -> docs/speed_*.png
 """

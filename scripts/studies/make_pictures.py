@@ -1,4 +1,4 @@
-"""README's pictures of the model that ships, made again: a mask, the routing, the page.
+"""The pictures of the model that ships in README and docs, made again: a mask, the routing, the page.
 
     python -m scripts.studies.make_pictures      # docs/cup.png, docs/routing.png, docs/demo.png
 

@@ -1,4 +1,4 @@
-"""The picture of calibration in the README, from the rows of scripts/studies/study_calibration.py.
+"""The picture in docs/calibration.md, from the rows of scripts/studies/study_calibration.py.
 
 python -m scripts.studies.plot_calibration     # scripts/studies/results/calibration/*.jsonl -> docs/calibration.png
 """
