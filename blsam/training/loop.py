@@ -289,7 +289,7 @@ def check_streamed(photos: Sequence[TrainingPhoto], readers: int) -> bool:
     if not all(isinstance(photo, TarPhoto) for photo in photos):
         raise ValueError("tars are streamed, other photos are not: --data takes the one or the other")
     if importlib.util.find_spec("webdataset") is None:
-        raise ImportError("tars need webdataset: pip install -e '.[train]'")
+        raise ImportError("tars need webdataset: pip install 'blsam[train]'")
     if readers > len(tars):
         raise ValueError(f"{readers} readers (processes x workers) need as many tars, there are {len(tars)}")
     return True
