@@ -38,7 +38,8 @@ def prepare(
     if strategy == "fsdp":
         for block in blocks:
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)  # in place
+        return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 
