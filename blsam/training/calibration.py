@@ -29,7 +29,7 @@ from torch import nn
 from ..files import write_atomically
 from ..modeling.attention import Attention
 from ..modeling.blocks import EBlock, RoutedBlock
-from ..modeling.routing import route
+from ..modeling.routing import ImportancePredictor, route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
 from .descent import Descent
@@ -94,9 +94,10 @@ class Calibration:
         self.streams = Streams(folder, count, (side, side), self.encoder.config.dim, sam.device)
         self.sizes = [inputs(i)[1] for i in range(count)]
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
-        self.layers = [i for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)]
+        self.blocks = {i: block for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)}
+        self.layers = list(self.blocks)
         self.fits: dict[str, float] = {}
-        branches = sum(self.encoder.blocks[i].e_block is not None for i in self.layers)
+        branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += len(self.encoder.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
         self.descent = Descent(settings.minutes, weight, settings.dtype, sam.device)
@@ -205,6 +206,7 @@ class Calibration:
     def _fit_predictor(self, stage: int, residual: str) -> None:
         """The stage's predictor, to the tokens of each window on which the E-branches are worst."""
         predictor, window, keep = self.encoder.predictors[stage], self.encoder.config.window, self.settings.keep_ratio
+        assert isinstance(predictor, ImportancePredictor)
         of_labels, of_real = [], []
         side = self.streams.shape[1]
         for j in self.fitted:
@@ -267,8 +269,8 @@ class Calibration:
     def _fit_stage(self, number: int) -> float:
         """The E-branches of a stage together; the mean loss in the end."""
         layers = self.encoder.config.layers_of(number)
-        blocks = [self.encoder.blocks[i] for i in layers if self.encoder.blocks[i].e_block is not None]
-        parameters = [p for block in blocks for p in block.e_block.parameters()]
+        branches = [self.blocks[i].e_block for i in layers]
+        parameters = [p for e in branches if e is not None for p in e.parameters()]
         side, last = self.streams.shape[1], layers[-1] == self.encoder.config.depth - 1
 
         def loss(step: int) -> torch.Tensor:
@@ -384,9 +386,9 @@ class Calibration:
         for i in self.layers:
             kind = self.encoder.config.is_global(i)
             if kind not in cost:
-                self.encoder.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
+                self.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
                 began = time.perf_counter()
-                self.encoder.blocks[i].dense(x).sum().item()
+                self.blocks[i].dense(x).sum().item()
                 cost[kind] = time.perf_counter() - began
         through = sum(cost[self.encoder.config.is_global(i)] for i in self.layers)
         fit = seconds * through / cost[self.encoder.config.is_global(self.layers[0])]
