@@ -5,17 +5,22 @@ else
 PYTHON := .venv/bin/python
 endif
 
-.PHONY: demo test test-e2e test-slow install
+.PHONY: demo lint test test-e2e test-slow wheel install
 
 $(PYTHON):
 	python3 -m venv .venv
 
 install: $(PYTHON)
 	$(PYTHON) -m pip install -q torch torchvision
-	$(PYTHON) -m pip install -q -e '.[test]'
+	$(PYTHON) -m pip install -q -e '.[dev]'
 
 demo: install
 	$(PYTHON) scripts/demo.py
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 test: install
 	$(PYTHON) -m pytest -q -m "not slow and not e2e"
@@ -25,3 +30,6 @@ test-e2e: install
 
 test-slow: install
 	$(PYTHON) -m pytest -q -m slow
+
+wheel: install
+	.ci/wheel $(PYTHON)

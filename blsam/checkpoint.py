@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -133,7 +133,7 @@ def resample(key: str, value: torch.Tensor, shape: torch.Size, in_global_layer: 
     return value
 
 
-def save(path: str | Path, state: State, metadata: dict[str, object], dtype: torch.dtype | None = None) -> None:
+def save(path: str | Path, state: State, metadata: Mapping[str, object], dtype: torch.dtype | None = None) -> None:
     """Write tensors (floating ones as `dtype`, if given) and metadata; the file is complete or not there at all."""
     path = Path(path)
     if path.suffix.lower() not in SUFFIXES:

@@ -37,6 +37,9 @@ def decode(
 
     logits: [P, 1, h, w] of an earlier round, given back with the prompts. three: three candidates or the single mask.
     """
+    prompts = points if boxes is None else boxes
+    if prompts is None:
+        raise ValueError("decode needs points or boxes")
     model, device = predictor.model, predictor.features.device
     coords = labels = corners = None
     if points is not None:
@@ -46,10 +49,10 @@ def decode(
         given = torch.tensor(boxes, dtype=torch.float32, device=device)
         corners = predictor.transform.apply_boxes_torch(given, predictor.original_size)
     found_logits, found_scores = [], []
-    for start in range(0, len(points if boxes is None else boxes), CHUNK):
+    for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
         sparse, dense = model.prompt_encoder(
-            points=None if coords is None else (coords[part], labels[part]),
+            points=None if coords is None or labels is None else (coords[part], labels[part]),
             boxes=None if corners is None else corners[part],
             masks=None if logits is None else logits[part],
         )

@@ -20,6 +20,7 @@ from torch import nn
 
 from .files import write_atomically
 from .modeling.routing import Routing, Stage
+from .modeling.sam import Sam
 
 KIND = "blsam encoded photo 1"  # what such a file says of itself
 
@@ -39,7 +40,7 @@ class Identity:
     dtype: str
 
     @classmethod
-    def of(cls, sam: nn.Module, keep_ratio: float | None = None) -> Identity:
+    def of(cls, sam: Sam, keep_ratio: float | None = None) -> Identity:
         """Of a `Sam` as it is now, or encoding at another keep ratio; reads all weights once."""
         encoder = sam.image_encoder
         ratio = encoder.keep_ratio if keep_ratio is None else keep_ratio
@@ -117,7 +118,8 @@ class Encoded:
             raise ValueError(f"{path} was encoded by another model ({'; '.join(differing)}); encode the photo again")
         count = sum(name.endswith(".mask") for name in tensors)
         stages = tuple(
-            Stage(*(tensors.get(f"routing.{i}.{part}") for part in ("mask", "scores", "counts"))) for i in range(count)
+            Stage(tensors[f"routing.{i}.mask"], tensors.get(f"routing.{i}.scores"), tensors[f"routing.{i}.counts"])
+            for i in range(count)
         )
         sizes = (tuple(json.loads(facts[name])) for name in ("input_size", "original_size"))
         return cls(tensors["features"], Routing(stages), *sizes)

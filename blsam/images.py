@@ -20,9 +20,9 @@ def read_image(source: str | Path | bytes, *, upright: bool = True) -> np.ndarra
     if not isinstance(source, bytes) and not Path(source).is_file():
         raise FileNotFoundError(f"no image at {source}")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image) if upright else image
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+            file.load()
+            image: Image.Image = ImageOps.exif_transpose(file) if upright else file
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)
         reason = "no format that is known here" if unknown else str(error).splitlines()[0]

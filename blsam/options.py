@@ -51,7 +51,8 @@ def exit_status(name: str, work: Callable[[], int | None]) -> int:
         return int(work() or 0)
     except (OSError, ValueError, ImportError) as error:
         rank = os.environ.get("RANK", "0")
-        print(f"{name}{'' if rank == '0' else f', process {rank}'}: {one_line(error)}", file=sys.stderr)
+        # in one piece with its end, or lines of several processes run into each other
+        sys.stderr.write(f"{name}{'' if rank == '0' else f', process {rank}'}: {one_line(error)}\n")
         return 2
 
 

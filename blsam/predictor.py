@@ -12,6 +12,8 @@ from segment_anything.utils.transforms import ResizeLongestSide as _ResizeLonges
 
 from .config import OUT_CHANNELS
 from .encoded import Encoded
+from .modeling.routing import Routing
+from .modeling.sam import Sam
 
 
 class ResizeLongestSide(_ResizeLongestSide):
@@ -30,20 +32,20 @@ class SamPredictor(_SamPredictor):
     `encoded`, the photo that is set as a value.
     """
 
-    def __init__(self, sam_model: torch.nn.Module) -> None:
+    def __init__(self, sam_model: Sam) -> None:
         super().__init__(sam_model)
         self.transform = ResizeLongestSide(sam_model.image_encoder.img_size)
 
     def reset_image(self) -> None:
         """Forget the photo, or the photos."""
         super().reset_image()
-        self.routing = None
+        self.routing: Routing | None = None
         self._batch: list[Encoded] = []
 
     @property
     def encoded(self) -> Encoded:
         """The photo that is set; RuntimeError if there is none."""
-        if not self.is_image_set:
+        if not self.is_image_set or self.routing is None:
             raise RuntimeError("no photo is encoded: an image must be set with .set_image(...)")
         return Encoded(self.features, self.routing, self.input_size, self.original_size)
 
@@ -72,7 +74,8 @@ class SamPredictor(_SamPredictor):
             raise ValueError(f"the image must be [1, 3, h, w] with its longer side {side}, is {list(shape)}")
         self.reset_image()
         features, routing = self.model.encode_images([transformed_image])
-        self._use(Encoded(features, routing.of_image(0), shape[-2:], tuple(original_image_size)))
+        height, width = original_image_size
+        self._use(Encoded(features, routing.of_image(0), (shape[2], shape[3]), (height, width)))
 
     @torch.no_grad()
     def set_images(self, images: Sequence[np.ndarray]) -> None:
@@ -86,7 +89,7 @@ class SamPredictor(_SamPredictor):
         tensors = [torch.as_tensor(r, device=self.device).permute(2, 0, 1).contiguous() for r in resized]
         features, routing = self.model.encode_images(tensors)
         self._batch = [
-            Encoded(features[i : i + 1], routing.of_image(i), tuple(tensor.shape[-2:]), tuple(image.shape[:2]))
+            Encoded(features[i : i + 1], routing.of_image(i), (tensor.shape[1], tensor.shape[2]), image.shape[:2])
             for i, (image, tensor) in enumerate(zip(images, tensors))
         ]
         self.use_image(0)

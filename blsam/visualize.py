@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import cv2
 import matplotlib
 import numpy as np
@@ -16,7 +18,7 @@ OBJECT, POSITIVE, NEGATIVE = (30, 144, 255), (60, 200, 60), (230, 50, 50)
 def draw_mask(
     image: np.ndarray,
     mask: np.ndarray,
-    points: list[tuple[float, float, int]] = (),
+    points: Sequence[tuple[float, float, int]] = (),
     box: tuple[float, float, float, float] | None = None,
 ) -> np.ndarray:
     """The mask in blue with a white edge over the photo, and its prompts.
@@ -70,17 +72,20 @@ def routing_figure(
     """Prime tokens and scores of every stage, and how often each token was prime.
 
     image uint8 [H, W, 3]; routing of one photo, `layers` after which its predictors stand, for the titles. Scores are
-    scaled to their own range in each stage, which the title states. ValueError for an exact model's routing.
+    scaled to their own range in each stage, which the title states. ValueError for an exact model's routing,
+    or one without scores.
     """
     if not routing.stages:
         raise ValueError("an exact model has no routing: all its tokens run through every block")
     masks = [stage.mask[0].cpu().numpy() for stage in routing.stages]
-    scores = [stage.scores[0].cpu().numpy() for stage in routing.stages]
+    scores = [stage.scores[0].cpu().numpy() for stage in routing.stages if stage.scores is not None]
+    if len(scores) < len(masks):
+        raise ValueError("a routing without scores cannot be drawn: take the one that `encode` gives back")
     size, stages = image.shape[:2], len(masks)
     width = 3.2
     figure = Figure((width * (stages + 1), 2 * (width * size[0] / size[1] + 0.45)), layout="constrained")
     axes = figure.subplots(2, stages + 1)
-    chosen = to_photo(sum(mask.astype(np.uint8) for mask in masks), input_size, size)
+    chosen = to_photo(np.stack(masks).sum(0, dtype=np.uint8), input_size, size)
     panels = [(axes[0, 0], image, "photo")]
     panels.append((axes[1, 0], draw_heat(image, chosen / stages, "viridis"), f"times prime, 0 to {stages}"))
     for i, (mask, score) in enumerate(zip(masks, scores), 1):

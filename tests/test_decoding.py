@@ -1,6 +1,7 @@
 """Prompts decoded together."""
 
 import numpy as np
+import pytest
 import torch
 
 from blsam.data.prompts import centre_point
@@ -25,3 +26,8 @@ def test_prompts_decoded_together_equal_the_predictor_one_by_one(predictor, targ
 def test_no_gradients_are_kept(predictor, targets):
     assert not decode(predictor, boxes=[targets[0].box]).logits.requires_grad
     assert torch.is_grad_enabled()
+
+
+def test_nothing_to_decode_is_an_error(predictor):
+    with pytest.raises(ValueError, match="points or boxes"):
+        decode(predictor)

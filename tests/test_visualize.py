@@ -34,3 +34,6 @@ def test_figure_has_a_panel_for_every_stage():
     assert len(titles) == 6 and titles[1] == "after layer 0: 25 % prime" and titles[2] == "after layer 3: 25 % prime"
     with pytest.raises(ValueError, match="no routing"):
         routing_figure(np.zeros((64, 64, 3), np.uint8), Routing(), (64, 64), ())
+    bare = Routing((Stage.from_mask(mask, 4),))
+    with pytest.raises(ValueError, match="without scores"):
+        routing_figure(np.zeros((64, 64, 3), np.uint8), bare, (64, 64), (0,))

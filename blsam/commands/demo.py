@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
         from ..demo import page
         from ..demo.segmenter import Segmenter
     except ModuleNotFoundError as error:
-        raise UsageError(f"the page needs {error.name}: pip install -e '.[demo]'") from None
+        raise UsageError(f"the page needs {error.name}: pip install 'blsam[demo]'") from None
     from ..build_sam import sam_model_registry
 
     listener = page.bind(args.host, args.port)

@@ -98,8 +98,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--random-weights", action="store_true", help="measure without a checkpoint, seeded by --seed")
     add_option(group, "--keep-ratio", default=None)
     add_option(group, "--image-size")
-    names = ("blsam", "segment_anything")
-    group.add_argument("--predictor", choices=names, default="blsam", help="the latter passes no extents")
+    predictors = ("blsam", "segment_anything")
+    group.add_argument("--predictor", choices=predictors, default="blsam", help="the latter passes no extents")
     add_option(group, "--dtype", default="float32")
     add_option(group, "--device")
 
@@ -226,8 +226,8 @@ def run_zero_shot(args: argparse.Namespace) -> None:
         evaluator.process(photo, line["rows"])
     results = args.results or folder / "results.json"
     write_json(results, evaluator.results, indent=None)
-    figures, summary = evaluator.evaluate()
-    figures |= {"images": len(lines), "masks": len(evaluator.results)}
+    scores, summary = evaluator.evaluate()
+    figures: dict[str, Any] = scores | {"images": len(lines), "masks": len(evaluator.results)}
     figures["left_out"] = {k: n for k, n in sorted((annotations.left_out + left_out).items()) if n}
     print(subject.describe())
     print(zero_shot_rules(args))

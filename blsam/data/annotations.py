@@ -119,7 +119,8 @@ class Annotations:
 
     def targets(self, photo: Photo, *, crowd: bool, min_area: float = 0) -> tuple[list[Target], Counter[str]]:
         """The objects of a photo that can be prompted for, in the file's order, and how many cannot, by reason."""
-        targets, left_out = [], Counter()
+        targets: list[Target] = []
+        left_out: Counter[str] = Counter()
         for annotation in self._of_image.get(photo.id, ()):
             x, y, w, h = annotation["bbox"]
             rle = to_rle(annotation["segmentation"], photo.height, photo.width)
@@ -183,7 +184,7 @@ def _read_json(path: Path) -> dict:
     wanted = ("images", "annotations", "categories")
     if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), list) for key in wanted):
         raise ValueError(f"{path} is not in COCO's format: it needs the lists {', '.join(wanted)}")
-    keys = {
+    keys: dict[str, dict[str, Any]] = {
         "images": {"id": int, "height": int, "width": int},
         "annotations": {"id": int, "image_id": int, "category_id": int, "area": (int, float)},
         "categories": {"id": int},

@@ -27,7 +27,9 @@ Content = tuple[np.ndarray, list[dict[str, Any]]]  # uint8 [h, w, 3] RGB; annota
 class TrainingPhoto(Protocol):
     """A photo that can be read, now or later, here or in a worker process."""
 
-    id: str
+    @property
+    def id(self) -> str:
+        """Another one for every photo."""
 
     def read(self) -> Content:
         """Pixels and annotations; raises whatever a damaged file makes PIL, json or the file system raise."""
@@ -150,7 +152,7 @@ def _annotated(path: Path, images: str | Path | None) -> list[TrainingPhoto]:
     data = Annotations(path, images, "coco", skip_missing=True)
     if missing := data.left_out["images not found"]:
         raise FileNotFoundError(f"{missing} photos of {path} are not in {images}; take them out of the json")
-    photos = []
+    photos: list[TrainingPhoto] = []
     for photo in data.photos:
         targets, _ = data.targets(photo, crowd=False)
         records = tuple({"segmentation": target.rle, "area": target.area} for target in targets)
@@ -178,7 +180,7 @@ def choose_photos(
         for i in order:
             tars.setdefault(photos[i].tar, []).append(i)
         names = sorted(tars)
-        order = [i for number in rng.permutation(len(tars)) for i in tars[names[number]]]
+        order = np.array([i for number in rng.permutation(len(tars)) for i in tars[names[number]]])
     order = order[: max(1, round(fraction * len(photos)))]
     count = min(round(holdout * len(order)), len(order) if most is None else most)
     if count == len(order):

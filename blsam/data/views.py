@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import cv2
@@ -225,10 +226,16 @@ class TarViews(IterableDataset):
         """The chosen photos of a tar; those that could not be got out of it come last, to be found damaged."""
         import webdataset as wds
 
-        wanted, errors = set(self.ids[tar]), []
+        wanted = set(self.ids[tar])
+        errors: list[Exception] = []
+
+        def note(error: Exception) -> bool:
+            errors.append(error)
+            return True
+
         pipeline = wds.DataPipeline(
             wds.SimpleShardList([tar]),
-            wds.tarfile_to_samples(handler=lambda error: errors.append(error) or True),
+            wds.tarfile_to_samples(handler=note),
             wds.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(f"{self.settings.seed} {epoch} {tar}")),
         )
         for sample in pipeline:
@@ -236,7 +243,7 @@ class TarViews(IterableDataset):
             image = next((sample[s] for s in ("jpg", "jpeg", "png") if s in sample), None)
             if photo in wanted and image is not None and "json" in sample:
                 wanted.remove(photo)
-                yield photo, lambda image=image, text=sample["json"]: parse(image, text)
+                yield photo, partial(parse, image, sample["json"])
 
         def lost() -> None:
             raise OSError(f"not to be read from {tar}" + (f" ({errors[0]})" if errors else ""))

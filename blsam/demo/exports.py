@@ -43,7 +43,7 @@ def everything_overlay(records: Sequence[dict[str, Any]], size: tuple[int, int])
         indices[mask > 0] = 1 + number % 254
         cv2.drawContours(indices, edges, -1, 255, 1)
     hues = [colorsys.hsv_to_rgb(number * 0.618 % 1, 0.75, 1.0) for number in range(254)]
-    colours = [tuple(round(255 * part) for part in hue) for hue in hues]
+    colours = [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in hues]
     return _indexed_png(indices, [*colours, (255, 255, 255)], [FILL] * 254 + [EDGE])
 
 
@@ -64,7 +64,7 @@ def routing_picture(preview: np.ndarray, routing: Routing, input_size: tuple[int
     """
     masks = [one.mask[0].cpu().numpy().astype(np.uint8) for one in routing.stages]
     if stage is None:
-        often = to_photo(sum(masks), input_size, preview.shape[:2])
+        often = to_photo(np.stack(masks).sum(0, dtype=np.uint8), input_size, preview.shape[:2])
         picture = draw_heat(preview, often / len(masks), "viridis")
     else:
         picture = draw_prime(preview, to_photo(masks[stage], input_size, preview.shape[:2]) > 0)

@@ -50,7 +50,8 @@ def build_app(segmenter: Segmenter, model: str, keep_ratio: float) -> FastAPI:
             raise Refused(f"there is no example {name!r}", 404)
         return Response(pictures[name], media_type="image/jpeg")
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # none to download
+    # none to download
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     return gr.mount_gradio_app(
         app,
         _blocks(_config(segmenter, model, keep_ratio)),

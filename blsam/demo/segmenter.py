@@ -7,7 +7,7 @@ another. What is shared is bounded: photos and encodings in caches, waiting requ
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +57,7 @@ class Prompt:
             raise Refused(f"points are [x, y, label], a box is [x1, y1, x2, y2]: {error}") from None
         if rows is None and corners is None:
             raise Refused("a mask needs at least one point or a box")
-        if rows is not None and (points_outside(coords, size) or (labels < 0).any()):
+        if rows is not None and (points_outside(rows[:, :2], size) or (rows[:, 2] < 0).any()):
             raise Refused("points lie on the photo and have label 0 or 1")
         found = () if rows is None else tuple((float(x), float(y), int(label)) for x, y, label in rows)
         return cls(found, None if corners is None else tuple(corners.reshape(4).tolist()))
@@ -165,7 +165,7 @@ class Segmenter:
         finally:
             self._everything.release()
 
-    def full_everything(self, photo: Photo, keep_ratio: float) -> list[tuple[np.ndarray, float]]:
+    def full_everything(self, photo: Photo, keep_ratio: float) -> Iterator[tuple[np.ndarray, float]]:
         """`everything` at the photo's own size: bool [H, W] and score, one at a time."""
         for record in self.everything(photo, keep_ratio):
             mask = rle_tools.decode(record["segmentation"])
@@ -227,7 +227,7 @@ class _SharedGenerator(SamAutomaticMaskGenerator):
         self.predictor = predictor_on(segmenter.sam, shown)
         # the generator sets and forgets the whole image as its only crop: it is set already, and goes with the object
         self.predictor.set_image = lambda image: None
-        self.predictor.reset_image = lambda: None
+        self.predictor.reset_image = lambda: None  # type: ignore[method-assign]
 
     def _process_batch(self, *args: Any) -> Any:
         return self.segmenter._model.submit(super()._process_batch, *args).result()

@@ -28,7 +28,8 @@ LVIS_CHUNK = 50  # categories scored at a time: of all 1,203 on 19,809 images th
 
 def true_boxes(annotations: Annotations) -> tuple[dict[int, list[Detection]], Counter[str]]:
     """The annotations' own boxes as detections of score 1, by image, and what was left out."""
-    found, left_out = {}, Counter()
+    found: dict[int, list[Detection]] = {}
+    left_out: Counter[str] = Counter()
     for photo in annotations.photos:
         targets, skipped = annotations.targets(photo, crowd=False)
         left_out += skipped
@@ -46,7 +47,8 @@ def read_detections(path: Path, annotations: Annotations) -> tuple[dict[int, lis
         raise ValueError(f"{path} is not json ({error})") from None
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of detections (image_id, category_id, bbox, score)")
-    found, left_out = {photo.id: [] for photo in annotations.photos}, Counter()
+    found: dict[int, list[Detection]] = {photo.id: [] for photo in annotations.photos}
+    left_out: Counter[str] = Counter()
     known = {category["id"] for category in annotations.api.dataset["categories"]}
     for row in rows:
         try:
@@ -169,11 +171,11 @@ def numpy_float() -> Iterator[None]:
     if hasattr(np, "float"):
         yield
         return
-    np.float = float
+    np.float = float  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        del np.float
+        del np.float  # type: ignore[attr-defined]
 
 
 def _percent(value: float) -> float | None:

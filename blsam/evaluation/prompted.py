@@ -37,8 +37,8 @@ def predict_objects(
     if prompt == "box":
         boxes = [target.box for target in targets]
         candidates = decode(predictor, boxes=boxes, three=protocol.asks_three(0))
-        _, scores, predictions = choose(predictor, candidates, masks, protocol.select)
-        return [_row(*fields, []) for fields in zip(targets, predictions, scores)]
+        _, scores, found = choose(predictor, candidates, masks, protocol.select)
+        return [_row(*fields, []) for fields in zip(targets, found, scores)]
 
     clicks: list[list[Click]] = [[] for _ in targets]
     predictions: list[np.ndarray | None] = [None] * len(targets)
@@ -64,7 +64,11 @@ def predict_objects(
         scores[active] = chosen.cpu()
         for i, mask in zip(active, found):
             predictions[i] = mask
-    return [_row(*fields) for fields in zip(targets, predictions, scores, clicks)]
+    rows = []
+    for target, prediction, score, points in zip(targets, predictions, scores, clicks):
+        assert prediction is not None  # the first round has a click for everyone
+        rows.append(_row(target, prediction, score, points))
+    return rows
 
 
 def choose(

@@ -64,6 +64,7 @@ class Protocol:
             if self.sampling == "center":
                 return [centre_point(mask)]
             return random_points(mask, total if self.drawn_at_once else 1, seed, target.id)
+        assert prediction is not None  # there is one as soon as there are clicks
         if self.later == "ritm":
             return [ritm_click(mask, prediction, earlier)]
         click = error_click(mask, prediction)

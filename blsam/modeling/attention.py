@@ -27,6 +27,9 @@ class Attention(nn.Module):
     and values from the query tokens alone. Attribute `form`: a name of `product.FORMS` to force, None: what is fastest.
     """
 
+    offsets_h: torch.Tensor
+    offsets_w: torch.Tensor
+
     def __init__(
         self, dim: int, inner: int, heads: int, window: int, grid: tuple[int, int], semi_cross: bool = True
     ) -> None:
@@ -136,12 +139,12 @@ def offsets(size: int) -> torch.Tensor:
     return places[:, None] - places + size - 1
 
 
-def grid_rel_pos(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> list[torch.Tensor]:
+def grid_rel_pos(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Position logits of queries that are whole windows: q [..., h, w, d] -> [..., h, w, size_h], [..., h, w, size_w].
 
     down [h, size_h, d], across [w, size_w, d]: what the queries of a row and of a column meet.
     """
-    return [torch.einsum("...yxd,ykd->...yxk", q, down), torch.einsum("...yxd,xkd->...yxk", q, across)]
+    return torch.einsum("...yxd,ykd->...yxk", q, down), torch.einsum("...yxd,xkd->...yxk", q, across)
 
 
 def rel_pos(q: torch.Tensor, table: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

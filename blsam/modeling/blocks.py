@@ -66,9 +66,9 @@ class EBlock(nn.Module):
         self.entry = nn.Linear(dim, inner)
         self.mlp = MLPBlock(inner, 4 * inner)
         self.exit = nn.Linear(inner, dim)
-        for last in (self.attn.proj, self.exit):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for last in (self.attn.get_submodule("proj"), self.exit):
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
         """What attention adds to all N tokens: [B, ..., C] -> [N, C]."""
@@ -99,6 +99,7 @@ class Fusion(nn.Module):
         """Fusion number i of the layer: x [N, C], dE of all tokens [N, C] or None, dP [P, C], s of all -> [N, C]."""
         new = take(rows, prime) + (1 + self.alpha[i] * take(scores.view(-1, 1), prime)) * d_p
         if d_e is not None:
+            assert self.gamma is not None  # it came from an E-block
             new = new + self.gamma[i] * take(d_e, prime)
         if prime is None:
             return new
@@ -126,14 +127,16 @@ class RoutedBlock(Block):
         """The stage's prime tokens, in the order of this layer's attention."""
         return stage.window if self.attn.window else stage.image
 
-    def forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:  # type: ignore[override]  # not without a stage
         if not self.once:
             return self.fuse_feed_forward(self.fuse_attention(x, stage), stage)
         rows, prime = x.flatten(0, -2), self.prime(stage)
         d_p = self.attention(x, prime)
         d_p = d_p + self.feed_forward(take(rows, prime) + d_p)
-        d_e = self.e_block.attention(x) if self.e_block else None
-        d_e = d_e + self.e_block.feed_forward(rows + d_e) if self.e_block else None
+        d_e = None
+        if self.e_block:
+            d_e = self.e_block.attention(x)
+            d_e = d_e + self.e_block.feed_forward(rows + d_e)
         return self.fusion(0, rows, d_e, d_p, stage.scores, prime).view(x.shape)
 
     def fuse_attention(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from segment_anything.modeling.common import LayerNorm2d
 from segment_anything.modeling.image_encoder import PatchEmbed
@@ -27,6 +29,7 @@ class Neck(nn.Sequential):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer: Any  # each has a weight
         for layer in self:
             x = layer(x.to(layer.weight.dtype))
         return x.float()
@@ -147,7 +150,8 @@ class ImageEncoder(nn.Module):
         Routed by `stage`; None: every token through the wide blocks alone, as the dense model does.
         """
         for i in self.config.layers_of(number):
-            x = self.blocks[i].dense(x) if stage is None else self.blocks[i](x, stage)
+            block: Any = self.blocks[i]  # a Block, or what training wrapped it in
+            x = block.dense(x) if stage is None else block(x, stage)
         return x
 
     def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:

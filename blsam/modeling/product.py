@@ -64,7 +64,8 @@ class Folded(Plain):
         k, v = kv
         positions = one_hot_positions(self.size, self.more, k).expand(*k.shape[:-1], -1)
         k, v = torch.cat([k, positions], dim=-1), F.pad(v, (0, self.more))
-        return tuple(t.reshape(-1, t.shape[-4], math.prod(self.size), self.d + self.more) for t in (k, v))
+        shape = (-1, k.shape[-4], math.prod(self.size), self.d + self.more)
+        return k.reshape(shape), v.reshape(shape)
 
     def __call__(self, q: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor, keys: Keys) -> torch.Tensor:
         k, v = keys

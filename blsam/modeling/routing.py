@@ -306,7 +306,7 @@ def _groups(region: int, counts: list[int], each: int, device: torch.device) -> 
     for count in sorted(set(counts) - {0}, reverse=True):
         places = [i for i, number in enumerate(counts) if number == count]
         if places == list(range(places[0], places[-1] + 1)):  # a slice, so that nothing has to be copied
-            windows = slice(places[0] * each, (places[-1] + 1) * each)
+            windows: slice | torch.Tensor = slice(places[0] * each, (places[-1] + 1) * each)
         else:
             windows = (
                 torch.tensor(places, device=device)[:, None] * each + torch.arange(each, device=device)

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from segment_anything.modeling import Sam as _Sam
 
+from .image_encoder import ImageEncoder
 from .routing import Routing
 
 
 class Sam(_Sam):
     """Prompt encoder, mask decoder, `preprocess` and `postprocess_masks` are `segment_anything`'s."""
+
+    image_encoder: ImageEncoder
 
     def encode_images(
         self, images: list[torch.Tensor], *, keep_ratio: float | None = None
@@ -20,7 +23,7 @@ class Sam(_Sam):
 
         -> embedding [B, 256, S/16, S/16], and the routing (empty for exact models).
         """
-        sizes = [tuple(image.shape[-2:]) for image in images]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch = torch.stack([self.preprocess(image.squeeze(0) if image.dim() == 4 else image) for image in images])
         return self.image_encoder.encode(batch, true_sizes=sizes, keep_ratio=keep_ratio)
 

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import write_atomically
-from ..modeling.blocks import RoutedBlock
-from ..modeling.routing import route
+from ..modeling.attention import Attention
+from ..modeling.blocks import EBlock, RoutedBlock
+from ..modeling.routing import ImportancePredictor, route
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
 from .descent import Descent
@@ -92,9 +94,10 @@ class Calibration:
         self.streams = Streams(folder, count, (side, side), self.encoder.config.dim, sam.device)
         self.sizes = [inputs(i)[1] for i in range(count)]
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
-        self.layers = [i for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)]
+        self.blocks = {i: block for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)}
+        self.layers = list(self.blocks)
         self.fits: dict[str, float] = {}
-        branches = sum(self.encoder.blocks[i].e_block is not None for i in self.layers)
+        branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += len(self.encoder.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
         self.descent = Descent(settings.minutes, weight, settings.dtype, sam.device)
@@ -141,7 +144,7 @@ class Calibration:
             stage = config.stage_of(i)
             kept = [after, f"scored-{stage}", f"residual-{i + 1}"]
             if not isinstance(block, RoutedBlock):
-                streams.write(after, lambda j, block=block, before=before: block(streams.read(before, j)))
+                self._write_through(block, before, after)
             else:
                 began = time.perf_counter()
                 self._fit_layer(i, block)
@@ -151,10 +154,14 @@ class Calibration:
             if i in config.predictor_layers:
                 new = 0 if stage is None else stage + 1
                 for name in [f"scored-{new}", *(["dense-start"] if new == 0 else [])]:
-                    streams.write(name, lambda j, after=after: streams.read(after, j))
+                    self._write_through(nn.Identity(), after, name)
                 streams.write(f"residual-{i + 1}", lambda j: torch.zeros(streams.shape[1:3]), channels=1)
                 kept.append(f"scored-{new}")
             self._save(1, i + 1, kept)
+
+    def _write_through(self, layer: Callable[[torch.Tensor], torch.Tensor], source: str, name: str) -> None:
+        """What a layer makes of one stream, as another."""
+        self.streams.write(name, lambda j: layer(self.streams.read(source, j)))
 
     def _fit_layer(self, i: int, block: RoutedBlock) -> None:
         """Both E-branches of a layer, then the layer's dense output and what the branches leave unexplained."""
@@ -168,6 +175,7 @@ class Calibration:
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
+            assert isinstance(e.attn, Attention) and isinstance(block.attn, Attention)
             start_attention(e.attn, block.attn, block.norm1(some(before)), stride)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
@@ -198,13 +206,14 @@ class Calibration:
     def _fit_predictor(self, stage: int, residual: str) -> None:
         """The stage's predictor, to the tokens of each window on which the E-branches are worst."""
         predictor, window, keep = self.encoder.predictors[stage], self.encoder.config.window, self.settings.keep_ratio
-        labels, real = [], []
+        assert isinstance(predictor, ImportancePredictor)
+        of_labels, of_real = [], []
         side = self.streams.shape[1]
         for j in self.fitted:
             left = self.streams.read(residual, j)[..., 0]
-            labels.append(route(left, left, window, keep, [self.sizes[j]]).mask.flatten().cpu())
-            real.append(real_tokens(side, side, torch.tensor([self.sizes[j]])).flatten())
-        labels, real = torch.cat(labels), torch.cat(real)
+            of_labels.append(route(left, left, window, keep, [self.sizes[j]]).mask.flatten().cpu())
+            of_real.append(real_tokens(side, side, torch.tensor([self.sizes[j]])).flatten())
+        labels, real = torch.cat(of_labels), torch.cat(of_real)
         tokens = side * side
         places = (torch.as_tensor(self.fitted)[:, None] * tokens + torch.arange(tokens)).flatten()[real].numpy()
         labels = labels[real].to(self.streams.device)
@@ -232,21 +241,23 @@ class Calibration:
             streams.write("goal-0", lambda j: streams.read("dense-start", j))
         for number in range(start, len(self.encoder.predictors)):
             began = time.perf_counter()
-            streams.write(
-                f"goal-{number + 1}", lambda j, n=number: self.encoder.run_stage(streams.read(f"goal-{n}", j), n)
-            )
+            dense = partial(self.encoder.run_stage, number=number)
+            self._write_through(dense, f"goal-{number}", f"goal-{number + 1}")
             loss = self._fit_stage(number)
-            streams.write(
-                f"student-{number + 1}",
-                lambda j, n=number: self._routed(
-                    streams.read(f"student-{n}", j), n, [self.sizes[j]], self.settings.keep_ratio
-                ),
-            )
+            self._write_routed(number)
             self.progress(
                 f"pass 3, stage {number}: error {loss:.4f}, {time.perf_counter() - began:.1f} s",
                 0.5 + (number + 1) / len(self.encoder.predictors) / 2,
             )
             self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
+
+    def _write_routed(self, number: int) -> None:
+        """The student's stream after a stage."""
+        read, keep = self.streams.read, self.settings.keep_ratio
+        self.streams.write(
+            f"student-{number + 1}",
+            lambda j: self._routed(read(f"student-{number}", j), number, [self.sizes[j]], keep),
+        )
 
     def _routed(self, x: torch.Tensor, number: int, sizes: list[tuple[int, int]], keep_ratio: float) -> torch.Tensor:
         """A stage of the student, routed by its own predictor on the stream where the stage begins."""
@@ -258,8 +269,8 @@ class Calibration:
     def _fit_stage(self, number: int) -> float:
         """The E-branches of a stage together; the mean loss in the end."""
         layers = self.encoder.config.layers_of(number)
-        blocks = [self.encoder.blocks[i] for i in layers if self.encoder.blocks[i].e_block is not None]
-        parameters = [p for block in blocks for p in block.e_block.parameters()]
+        branches = [self.blocks[i].e_block for i in layers]
+        parameters = [p for e in branches if e is not None for p in e.parameters()]
         side, last = self.streams.shape[1], layers[-1] == self.encoder.config.depth - 1
 
         def loss(step: int) -> torch.Tensor:
@@ -279,7 +290,7 @@ class Calibration:
     # --- fitting one branch -------------------------------------------------------------------------------------
 
     @torch.enable_grad()
-    def _fit_attention(self, e: nn.Module, parameters: list, source: str, seed: list[int]) -> float:
+    def _fit_attention(self, e: EBlock, parameters: list, source: str, seed: list[int]) -> float:
         """An E-branch's attention to "target", on whole photos; the share of the target that it explains in the end."""
 
         def loss(step: int) -> torch.Tensor:
@@ -291,7 +302,7 @@ class Calibration:
         return 1 - self.descent.fit(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["attention"])
 
     @torch.enable_grad()
-    def _fit_rows(self, e: nn.Module, parameters: list, source: str, seed: list[int]) -> float:
+    def _fit_rows(self, e: EBlock, parameters: list, source: str, seed: list[int]) -> float:
         """An E-branch's feed-forward part to "target", on tokens drawn from all photos; the share it explains."""
         tokens = self.streams.shape[1] * self.streams.shape[2]
         places = (self.fitted[:, None] * tokens + np.arange(tokens)).reshape(-1)
@@ -375,9 +386,9 @@ class Calibration:
         for i in self.layers:
             kind = self.encoder.config.is_global(i)
             if kind not in cost:
-                self.encoder.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
+                self.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
                 began = time.perf_counter()
-                self.encoder.blocks[i].dense(x).sum().item()
+                self.blocks[i].dense(x).sum().item()
                 cost[kind] = time.perf_counter() - began
         through = sum(cost[self.encoder.config.is_global(i)] for i in self.layers)
         fit = seconds * through / cost[self.encoder.config.is_global(self.layers[0])]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -104,10 +104,11 @@ def write_embeddings(
         for i in range(0, len(part), batch_size):
             samples = [make_view(photo.id, photo.read, view, views) for photo, view in part[i : i + batch_size]]
             target = to_batch(samples, sam, device, teacher).target
+            assert target is not None  # it is the teacher's
             for (photo, view), one in zip(part[i : i + batch_size], target.half().cpu()):
                 found[f"{photo.id}@{view}"] = one.contiguous()
             yield [sample.damaged for sample in samples if sample.damaged]
-        write_atomically(path, lambda temporary, found=found: save_file(found, temporary))
+        write_atomically(path, partial(save_file, found))
     write_atomically(folder / DECODER, lambda path: save_file(decoder, path))
     (folder / UNFINISHED).unlink(missing_ok=True)
     write_text(folder / INDEX, json.dumps(index))

@@ -106,7 +106,7 @@ def loop(run: Run, stopped: list[int]) -> None:
             bar.update()
             if progress.step % settings.log_every == 0:
                 minutes = (time.monotonic() - start) / 60
-                row = {"step": progress.step, "minutes": round(minutes, 3)}
+                row: dict[str, Any] = {"step": progress.step, "minutes": round(minutes, 3)}
                 row["lr"] = run.optimizer.param_groups[0]["lr"]
                 row |= rows.row(60 * (minutes - row_start)) | fusion_scalars(run.sam.image_encoder)
                 run.folder.log(row | {"damaged": run.damaged.check()})
@@ -288,7 +288,7 @@ def check_streamed(photos: Sequence[TrainingPhoto], readers: int) -> bool:
     if not all(isinstance(photo, TarPhoto) for photo in photos):
         raise ValueError("tars are streamed, other photos are not: --data takes the one or the other")
     if importlib.util.find_spec("webdataset") is None:
-        raise ImportError("tars need webdataset: pip install -e '.[train]'")
+        raise ImportError("tars need webdataset: pip install 'blsam[train]'")
     if readers > len(tars):
         raise ValueError(f"{readers} readers (processes x workers) need as many tars, there are {len(tars)}")
     return True
@@ -296,8 +296,10 @@ def check_streamed(photos: Sequence[TrainingPhoto], readers: int) -> bool:
 
 def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple[Sam, nn.Module | None]:
     """The student with what is not trained frozen, and the teacher's image encoder unless a cache stands for it."""
-    teacher, decoder = None, {}
+    teacher: Any = None
+    decoder: dict[str, torch.Tensor] = {}
     if settings.teacher is not None and cache is None:
+        assert settings.teacher_checkpoint is not None  # they go together
         teacher, decoder = load_teacher(settings.teacher, settings.teacher_checkpoint, settings.image_size)
         teacher = teacher.to(settings.device, memory_format=torch.channels_last)
         if settings.compile:
@@ -320,17 +322,18 @@ def training_loader(run: Run) -> DataLoader:
     """The samples of each pass of this process, from where the run is."""
     settings, rank, size = run.settings, run.world.rank, run.world.size
     first, passes = run.progress.step, settings.accumulate
-    common = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": _outlive_signals}
-    if isinstance(run.training[0], TarPhoto):
+    common: dict[str, Any] = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": _outlive_signals}
+    tars = [photo for photo in run.training if isinstance(photo, TarPhoto)]  # all, or none
+    if tars:
         each = settings.batch_size // (passes * size)
-        views = TarViews(run.training, run.views, rank, size, each, skip=first * passes * each)
+        views = TarViews(tars, run.views, rank, size, each, skip=first * passes * each)
         return DataLoader(views, each, **common)
     order = batches(first, run.steps, settings.batch_size, passes, rank, size)
     return DataLoader(Views(run.training, run.views), batch_sampler=order, **common)
 
 
 def _check_cache(cache: EmbeddingCache, settings: TrainSettings, photos: list[TrainingPhoto]) -> None:
-    wanted = {"image_size": settings.image_size, "seed": settings.seed}
+    wanted: dict[str, Any] = {"image_size": settings.image_size, "seed": settings.seed}
     if settings.teacher_checkpoint is not None:
         wanted["teacher_sha256"] = sha256(settings.teacher_checkpoint)
     cache.check(wanted)
@@ -349,8 +352,8 @@ def caught_signals() -> Iterator[list[int]]:
         caught.append(number)
         signal.signal(number, before[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, catch)
+    for one in (signal.SIGINT, signal.SIGTERM):
+        before[one] = signal.signal(one, catch)
     try:
         yield caught
     finally:

@@ -22,6 +22,7 @@ from .prompts import corrective_clicks, first_clicks, noisy_boxes
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
 Objects = tuple[torch.Tensor, torch.Tensor]
+Clicks = tuple[torch.Tensor, torch.Tensor]  # coordinates [P, N, 2], labels [P, N]
 
 
 @dataclass
@@ -45,8 +46,9 @@ def to_batch(samples: Sequence[Sample], sam: Sam, device: torch.device, teacher:
     weights = torch.tensor([float(not sample.damaged) for sample in samples], device=device)
     objects = [(s.masks.to(device), s.boxes.to(device)) for s in samples]
     batch = Batch(images, sizes, objects, [s.key for s in samples], weights)
-    if samples[0].target is not None:
-        batch.target = torch.stack([s.target for s in samples]).to(device).float()
+    targets = [s.target for s in samples if s.target is not None]  # of all, or of none
+    if targets:
+        batch.target = torch.stack(targets).to(device).float()
     elif teacher is not None:
         with torch.no_grad():
             batch.target = teacher(images).float()
@@ -105,7 +107,7 @@ class TrainedSam(nn.Module):
             )
         if measure:
             return self._measure(batch, embeddings, routing)
-        terms = {}
+        terms: dict[str, torch.Tensor] = {}
         if self.objective.supervised:
             with watch("decoder"):
                 terms |= self._supervised(batch, embeddings)
@@ -144,12 +146,14 @@ class TrainedSam(nn.Module):
         mask goes on: its logits are fed back, the next click lies where it is wrong.
         """
         rng, kind = torch.Generator().manual_seed(key), self.objective.mask_loss
+        points: Clicks | None = None
+        given: torch.Tensor | None = None
         if torch.rand((), generator=rng) < 0.5:
-            points, boxes = None, noisy_boxes(boxes, self.sam.image_encoder.img_size, rng)
+            given = noisy_boxes(boxes, self.sam.image_encoder.img_size, rng)
         else:
-            points, boxes = first_clicks(masks, rng), None
-        logits, scores = decode(self.sam, embedding, points, boxes)
-        first = [MULTI] if boxes is None else [MULTI, SINGLE]
+            points = first_clicks(masks, rng)
+        logits, scores = decode(self.sam, embedding, points, given)
+        first = [MULTI] if given is None else [MULTI, SINGLE]
         losses = [torch.stack([supervised_loss(logits, scores, masks, m, kind) for m in first]).mean()]
         asked = MULTI
         with torch.no_grad():
@@ -158,8 +162,8 @@ class TrainedSam(nn.Module):
             best = asked.start + scores[:, asked].argmax(1)
             previous = logits[torch.arange(len(masks)), best].detach().float()
             new = corrective_clicks(previous, masks, rng)
-            points = new if points is None else tuple(torch.cat(pair, 1) for pair in zip(points, new))
-            logits, scores = decode(self.sam, embedding, points, boxes, previous[:, None])
+            points = new if points is None else (torch.cat([points[0], new[0]], 1), torch.cat([points[1], new[1]], 1))
+            logits, scores = decode(self.sam, embedding, points, given, previous[:, None])
             asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
             losses.append(supervised_loss(logits, scores, masks, asked, kind))
         return torch.stack(losses).mean(), first_iou
@@ -181,7 +185,11 @@ class TrainedSam(nn.Module):
 
 
 def decode(
-    sam: Sam, embedding: torch.Tensor, points=None, boxes=None, logits=None
+    sam: Sam,
+    embedding: torch.Tensor,
+    points: Clicks | None = None,
+    boxes: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [P, 4, S/4, S/4] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
     sparse, dense = sam.prompt_encoder(points, boxes, logits)

@@ -13,7 +13,8 @@ from torch.distributed.fsdp import FSDPModule
 
 def optimizer_of(model: nn.Module, lr: float) -> torch.optim.AdamW:
     """AdamW on what is trained; biases, norms, positions and the scalars of the fusion do not decay."""
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (plain if p.dim() < 2 or "pos" in name or "fusion" in name else decay).append(p)

@@ -33,7 +33,8 @@ def prepare(model: TrainedSam, world: World, device: torch.device, *, strategy: 
     if strategy == "fsdp":
         for block in blocks:
             fully_shard(block)
-        return fully_shard(model)
+        fully_shard(model)  # in place
+        return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
 

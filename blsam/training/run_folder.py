@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -41,7 +41,8 @@ class RunFolder:
 
     def __init__(self, path: Path, world: World) -> None:
         self.path, self.world = path, world
-        self._log, self._board = None, None
+        self._log: TextIO | None = None
+        self._board: Any = None
         if world.is_main:
             path.mkdir(parents=True, exist_ok=True)
             self._board = _tensorboard(path / "tensorboard")
@@ -140,7 +141,7 @@ class RunFolder:
         folder = self.last()
         if folder is None:
             return None
-        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        state: State = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         state["ema"] = ema
         with _plainly(f"{folder} does not fit this run"):
             dcp.load(state, checkpoint_id=str(folder), no_dist=self.world.size == 1)
@@ -151,7 +152,7 @@ class RunFolder:
     def export(self, name: str, model: nn.Module, metadata: dict[str, str]) -> Path:
         """The model's weights as they are now, under SAM's names, in half precision."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_model_state_dict(model, options=options)
+        state: State = get_model_state_dict(model, options=options)
         path = self.path / name
         if self.world.is_main:
             own = {key.removeprefix("sam."): value for key, value in state.items()}

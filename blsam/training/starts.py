@@ -191,9 +191,8 @@ def start_feed_forward(narrow: EBlock, wide: Block, rows: torch.Tensor) -> None:
     values = {"entry": (entry, -entry @ mean), "mlp.lin1": (lin1, bias1)}
     values |= {"mlp.lin2": (lin2, -lin2 @ centre), "exit": (exit_, target.mean(0))}
     for name, (weight, bias) in values.items():
-        layer = narrow.get_submodule(name)
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
+        narrow.get_parameter(f"{name}.weight").copy_(weight)
+        narrow.get_parameter(f"{name}.bias").copy_(bias)
 
 
 def _roots(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ DESKTOP, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def address():
-    pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+    pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'blsam[demo]'")
     command = [sys.executable, "-m", "blsam", "demo", "--port", "0"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)

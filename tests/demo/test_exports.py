@@ -16,7 +16,7 @@ from blsam.demo.segmenter import Prompt, Segmenter
 from blsam.options import shipped_checkpoint
 from tests.demo.helpers import CUP, file_of, upload
 
-pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'blsam[demo]'")
 
 from fastapi.testclient import TestClient  # noqa: E402
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from blsam.cli import main
 
-pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'blsam[demo]'")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
@@ -41,4 +41,4 @@ def test_the_command_says_what_is_wrong(capsys, monkeypatch):
 
     monkeypatch.delattr(blsam.demo, "page", raising=False)
     monkeypatch.setitem(sys.modules, "blsam.demo.page", None)  # as where gradio is not installed
-    assert main(["demo"]) == 2 and "pip install -e '.[demo]'" in capsys.readouterr().err
+    assert main(["demo"]) == 2 and "pip install 'blsam[demo]'" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from skimage import data
 from blsam.demo.segmenter import MAX_POINTS, Segmenter
 from tests.demo.helpers import CUP, JPEG, PNG, file_of, png_header, upload
 
-pytest.importorskip("gradio", reason="the demo needs gradio: pip install -e '.[demo]'")
+pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'blsam[demo]'")
 
 from fastapi.testclient import TestClient  # noqa: E402
 
