@@ -118,9 +118,3 @@ def partition(x: torch.Tensor, window: int, fill: float = 0.0) -> torch.Tensor:
     x = F.pad(x, (0, across * window - width, 0, down * window - height), value=fill)
     x = x.view(b, down, window, across, window)
     return x.transpose(2, 3).reshape(b, down * across, window * window)  # [B, nH, w, nW, w] -> [B, nH*nW, w*w]
-
-
-def window_tokens(height: int, width: int, window: int, device: torch.device) -> torch.Tensor:
-    """[nW, w*w] int64: which token of the grid (row-major) sits at each place of each window; -1 in padding."""
-    grid = torch.arange(height * width, device=device).view(1, height, width)
-    return partition(grid, window, fill=-1)[0]
