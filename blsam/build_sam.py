@@ -84,8 +84,9 @@ def _builder(name: str) -> Builder:
         dtype: str = "float32",
         device: torch.device | str | None = None,
     ) -> Sam:
-        options = {"image_size": image_size, "keep_ratio": keep_ratio, "dtype": dtype, "device": device}
-        return build_sam(CONFIGS[name], checkpoint, **options)
+        return build_sam(
+            CONFIGS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device
+        )
 
     build.__name__ = build.__qualname__ = f"build_{name}" if name.startswith("blsam") else f"build_sam_{name}"
     build.__doc__ = f"`{name}`; arguments as `build_sam`."
