@@ -12,7 +12,6 @@ killed goes on when the same command is given again.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,14 +21,14 @@ from blsam import sam_model_registry
 from blsam.data.sa1b import choose_photos, list_photos
 from blsam.data.views import ViewSettings
 from blsam.files import sha256
-from blsam.options import add_option, check_folder, exit_status
+from blsam.options import Parser, add_option, check_folder, exit_status
 from blsam.training.embeddings import write_embeddings
 from blsam.training.metrics import MOST_DAMAGED
 from blsam.training.teachers import TEACHERS, load_teacher
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--teacher", choices=TEACHERS, required=True)
     add("--teacher-checkpoint", type=Path, required=True)

@@ -6,13 +6,12 @@
 Figures (percent) may differ by the tolerance; counts, rules and the checkpoint's hash may not. Exit status 0 or 1.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from blsam.options import exit_status
+from blsam.options import Parser, exit_status
 
 FIGURES = ("miou", "baseline", "AP")  # beginnings of names
 COUNTS = ("images", "masks", "left_out", "disc_radius")
@@ -46,7 +45,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("found", type=Path)
     parser.add_argument("expected", type=Path)
     parser.add_argument("--tolerance", type=float, default=0.1, help="in percentage points (default 0.1)")

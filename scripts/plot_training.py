@@ -5,7 +5,6 @@ python scripts/plot_training.py runs/mine/metrics.jsonl
 python scripts/plot_training.py checkpoints/metrics/*.jsonl -o docs/vit_t_training.png
 """
 
-import argparse
 import json
 import sys
 from functools import partial
@@ -16,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from blsam.files import write_atomically
-from blsam.options import check_output, exit_status
+from blsam.options import Parser, check_output, exit_status
 
 LOSSES = {"sup": "masks", "fd": "distillation"}
 MEASURED = {"val_box": "box mean IoU", "val_click": "one click, mean IoU", "val_cosine": "cosine to the teacher"}
@@ -63,7 +62,7 @@ def lines(axis: Axes, rows: list[dict[str, Any]], keys: dict[str, str]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "metrics", type=Path, nargs="+", metavar="METRICS", help="metrics.jsonl of runs, in their order"
     )

@@ -31,7 +31,7 @@ from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.files import sha256
 from blsam.images import read_image
-from blsam.options import add_option, exit_status
+from blsam.options import Parser, add_option, exit_status
 from blsam.precision import resolve_dtype
 from blsam.training import calibrate
 
@@ -43,7 +43,7 @@ OFFICIAL = {  # SHA-256 of the files of github.com/facebookresearch/segment-anyt
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True)
     add("--image", type=Path, help="photo to compare on; default: scikit-image's coffee")

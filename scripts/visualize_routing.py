@@ -5,7 +5,6 @@ python scripts/visualize_routing.py photo.jpg                          # runs/ro
 python scripts/visualize_routing.py *.jpg --keep-ratio 0.1 -o pictures
 """
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from blsam import SamPredictor, sam_model_registry
 from blsam.files import write_atomically
 from blsam.images import read_image
-from blsam.options import ROUTED, UsageError, add_option, check_output, exit_status, find_checkpoint
+from blsam.options import ROUTED, Parser, UsageError, add_option, check_output, exit_status, find_checkpoint
 from blsam.visualize import routing_figure
 
 
@@ -29,7 +28,7 @@ def draw(predictor: SamPredictor, image: np.ndarray, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("photos", type=Path, nargs="+", metavar="PHOTO")
     add_option(parser, "--model", choices=ROUTED)

@@ -2,6 +2,10 @@
 
 import importlib.metadata
 import re
+import subprocess
+import sys
+
+import pytest
 
 import blsam
 from blsam.options import PACKAGE, WEIGHTS
@@ -30,3 +34,11 @@ def test_every_extra_that_an_error_names_is_there():
         for name in re.findall(r"pip install '(?:blsam)?\[(\w+)\]'", path.read_text())
     }
     assert named and named <= extras
+
+
+def test_parts_of_the_package_are_there_after_importing_it():
+    code = "import blsam; print(blsam.config.CONFIGS['vit_t'].dim, blsam.checkpoint.SUFFIXES[0])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["192", ".safetensors"], done.stderr
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        blsam.nothing  # noqa: B018

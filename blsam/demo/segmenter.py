@@ -191,7 +191,7 @@ class Segmenter:
             watch = Stopwatch(self.sam.device)
             with watch("encoder"):
                 features, routing = self.sam.encode_images([pixels], keep_ratio=keep_ratio)
-            encoded = Encoded(features, routing, photo.resized.shape[:2], photo.size)
+            encoded = Encoded(features, routing.of_image(0), photo.resized.shape[:2], photo.size)
             encoding = Encoding(encoded, watch.seconds["encoder"])
             self.encodings.put(key, encoding, encoded.nbytes)
         return encoding

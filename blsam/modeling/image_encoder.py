@@ -150,8 +150,13 @@ class ImageEncoder(nn.Module):
         Routed by `stage`; None: every token through the wide blocks alone, as the dense model does.
         """
         for i in self.config.layers_of(number):
-            block: Any = self.blocks[i]  # a Block, or what training wrapped it in
-            x = block.dense(x) if stage is None else block(x, stage)
+            block: Any = self.blocks[
+                i
+            ]  # a Block, or what training wrapped it in; called, so that wrappers and hooks see it
+            if stage is not None:
+                x = block(x, stage)
+            else:
+                x = block(x) if number is None else block.dense(x)
         return x
 
     def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:

@@ -183,6 +183,8 @@ def route(
         counts = torch.tensor([h * w for h, w in shapes], device=device).expand(b, -1)
         return Stage(torch.ones_like(scores, dtype=torch.bool), scores, counts)
 
+    if win.exporting() and true_sizes is not None:
+        true_sizes = torch.as_tensor(true_sizes, device=device)
     static = isinstance(true_sizes, torch.Tensor) or win.exporting()
     if isinstance(true_sizes, torch.Tensor):
         real = win.real_tokens(height, width, true_sizes)

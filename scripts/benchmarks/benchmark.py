@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from blsam.config import CONFIGS
 from blsam.files import provenance
-from blsam.options import add_option, check_output, exit_status, parse_ratios
+from blsam.options import Parser, add_option, check_output, exit_status, parse_ratios
 from blsam.precision import DTYPES, resolve_dtype
 from scripts.benchmarks import benchmark_row
 from scripts.benchmarks.benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
@@ -149,7 +149,7 @@ def numbers(text: str) -> list[int]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     names = [*CONFIGS, *(REFERENCE + name for name, config in CONFIGS.items() if not config.routed)]
     add("--models", required=True, type=lambda text: text.split(","), help=", ".join(names))

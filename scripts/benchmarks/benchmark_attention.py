@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from blsam.config import CONFIGS
 from blsam.files import write_text
 from blsam.modeling.product import FORMS
-from blsam.options import add_option, check_output, exit_status
+from blsam.options import Parser, add_option, check_output, exit_status
 from blsam.precision import DTYPES, resolve_dtype
 
 Form = Callable[[], torch.Tensor]
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--model", default="vit_b", choices=sorted(n for n, c in CONFIGS.items() if not c.routed))
     add("--image-size", type=int, default=1024)

@@ -7,7 +7,6 @@ The server runs in a process of its own. The browser is headless Chromium throug
 to the first frame after the mask was drawn. Without Chromium (--chromium PATH) its row is left out.
 """
 
-import argparse
 import http.client
 import io
 import json
@@ -24,7 +23,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from blsam.options import add_option, exit_status
+from blsam.options import Parser, add_option, exit_status
 
 WARM_UP = 5
 CLICK = """async ([x, y]) => {
@@ -94,7 +93,7 @@ def in_browser(host: str, photo: bytes, clicks: np.ndarray, chromium: str) -> li
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--photo", type=Path)
     add_option(parser, "--model")

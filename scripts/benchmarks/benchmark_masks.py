@@ -23,7 +23,7 @@ import torch
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from blsam.images import read_image
-from blsam.options import add_option, exit_status, find_checkpoint
+from blsam.options import Parser, add_option, exit_status, find_checkpoint
 from scripts.benchmarks.benchmark_row import memory_now, memory_peak
 
 GENERATORS = ("segment_anything", "blsam")
@@ -101,7 +101,7 @@ def click(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--photo", type=Path)
     add_option(parser, "--model", default="vit_t")

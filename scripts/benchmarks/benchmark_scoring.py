@@ -6,7 +6,6 @@ Objects are polygons of 24 corners in 640 x 480, their areas spread as COCO's ar
 by a few pixels. Making the data is not timed.
 """
 
-import argparse
 import json
 import resource
 import sys
@@ -23,7 +22,7 @@ from blsam.evaluation.instance_ap import InstanceAP
 from blsam.evaluation.prompted import PromptedIoU
 from blsam.evaluation.protocols import PROTOCOLS
 from blsam.evaluation.runner import read_part
-from blsam.options import exit_status
+from blsam.options import Parser, exit_status
 
 HEIGHT, WIDTH = 480, 640
 
@@ -64,7 +63,7 @@ def write_synthetic(folder: Path, images: int, annotations: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--annotations", type=int, default=36781)
     args = parser.parse_args()

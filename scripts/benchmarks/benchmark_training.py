@@ -76,7 +76,8 @@ def measure(settings: TrainSettings) -> dict[str, float | str]:
     row["data_images_per_second"] = round(seen / (time.perf_counter() - start), 1)
     names = ("model", "image_size", "batch_size", "precision", "checkpointing", "stage", "train", "workers")
     names += ("mask_loss", "accumulate", "compile")
-    return {name: getattr(settings, name) for name in names} | {"device": str(settings.device)} | row | provenance()
+    facts = settings.as_json()
+    return {name: facts[name] for name in names} | {"device": str(settings.device)} | row | provenance()
 
 
 if __name__ == "__main__":

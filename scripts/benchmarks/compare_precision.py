@@ -4,7 +4,6 @@ python -m scripts.benchmarks.compare_precision --images val2017 --limit 50
 python -m scripts.benchmarks.compare_precision --model blsam_vit_b --checkpoint mine.safetensors --images val2017
 """
 
-import argparse
 import copy
 import sys
 from pathlib import Path
@@ -18,12 +17,12 @@ from blsam.data.sa1b import IMAGE_SUFFIXES
 from blsam.files import write_json
 from blsam.images import read_image
 from blsam.modeling.windows import real_tokens
-from blsam.options import add_option, check_output, exit_status, find_checkpoint, parse_ratios
+from blsam.options import Parser, add_option, check_output, exit_status, find_checkpoint, parse_ratios
 
 
 @torch.no_grad()
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_option(parser, "--model")
     add_option(parser, "--checkpoint")

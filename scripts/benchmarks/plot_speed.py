@@ -3,7 +3,6 @@
 python -m scripts.benchmarks.plot_speed       # scripts/benchmarks/results/speed/*.jsonl -> docs/speed_*.png
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from blsam.files import write_atomically
-from blsam.options import exit_status
+from blsam.options import Parser, exit_status
 
 COLOURS = {"segment_anything:vit_b": "tab:gray", "vit_b": "tab:blue", "blsam_vit_b": "tab:orange"}
 STYLES = {"float32": "o-", "bfloat16": "s--"}
@@ -73,7 +72,7 @@ def over_pixels(rows: list[dict[str, Any]]) -> Figure:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("scripts/benchmarks/results/speed"), metavar="DIR")
     parser.add_argument("-o", "--output", type=Path, default=Path("docs"), metavar="DIR")
     args = parser.parse_args()

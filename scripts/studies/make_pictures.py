@@ -5,7 +5,6 @@
 The page wants Chromium (--chromium PATH) and Playwright, as the tests of the demo do. The photo is scikit-image's.
 """
 
-import argparse
 import io
 import shutil
 import sys
@@ -19,7 +18,7 @@ from skimage import data
 from blsam import SamPredictor, sam_model_registry
 from blsam.cli import main as command_line
 from blsam.files import write_atomically
-from blsam.options import DEFAULT_MODEL, exit_status, find_checkpoint
+from blsam.options import DEFAULT_MODEL, Parser, exit_status, find_checkpoint
 from scripts.benchmarks.benchmark_demo import served
 from scripts.visualize_routing import draw
 
@@ -62,7 +61,7 @@ def photograph_page(image: np.ndarray, path: Path, chromium: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", default=Path("docs"))
     parser.add_argument("--chromium", default=shutil.which("chromium"))
     args = parser.parse_args()

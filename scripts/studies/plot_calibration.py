@@ -3,7 +3,6 @@
 python -m scripts.studies.plot_calibration     # scripts/studies/results/calibration/*.jsonl -> docs/calibration.png
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 from blsam.files import write_atomically
-from blsam.options import check_output, exit_status
+from blsam.options import Parser, check_output, exit_status
 
 COLOURS = {0.1: "tab:red", 0.25: "tab:orange", 0.5: "tab:green"}  # by keep ratio
 
@@ -50,7 +49,7 @@ def draw(axes: Axes, rows: list[dict[str, Any]], key: str, label: str) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("scripts/studies/results/calibration"))
     parser.add_argument("--output", type=Path, default=Path("docs/calibration.png"))
     args = parser.parse_args()

@@ -10,7 +10,6 @@ there the model goes (below 0: it prefers background), with a 95 % interval by b
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -26,11 +25,11 @@ from blsam.files import write_text
 from blsam.images import read_image
 from blsam.modeling.routing import route
 from blsam.modeling.windows import PATCH, real_tokens
-from blsam.options import ROUTED, add_option, check_output, exit_status, find_checkpoint
+from blsam.options import ROUTED, Parser, add_option, check_output, exit_status, find_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_option(parser, "--model", choices=ROUTED)
     add_option(parser, "--checkpoint")

@@ -33,7 +33,7 @@ from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.files import sha256
 from blsam.modeling.sam import Sam
 from blsam.modeling.windows import real_tokens
-from blsam.options import ROUTED, add_option, check_output, exit_status
+from blsam.options import ROUTED, Parser, add_option, check_output, exit_status
 from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
 from blsam.training.losses import cosine_loss
@@ -43,7 +43,7 @@ TEST_PHOTOS = 32
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("study", choices=("routing", "photos", "steps", "heads", "kinds"))
     add_option(parser, "--model", choices=ROUTED)

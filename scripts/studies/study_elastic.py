@@ -27,7 +27,7 @@ from blsam import sam_model_registry
 from blsam.data.annotations import Annotations
 from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.files import provenance, write_atomically, write_text
-from blsam.options import ROUTED, add_option, check_output, exit_status, find_checkpoint, parse_ratios
+from blsam.options import ROUTED, Parser, add_option, check_output, exit_status, find_checkpoint, parse_ratios
 from scripts.benchmarks.benchmark import compare, processor
 from scripts.benchmarks.benchmark_row import Row
 
@@ -35,7 +35,7 @@ PROMPTS = {"box": "box", "center": "one point in the middle"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_option(parser, "--model", choices=ROUTED)
     add_option(parser, "--checkpoint")

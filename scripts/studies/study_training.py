@@ -28,7 +28,7 @@ from blsam.config import CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.evaluation.prompted import bootstrap, object_ious
 from blsam.files import write_atomically, write_text
-from blsam.options import ROUTED, add_option, check_output, exit_status
+from blsam.options import ROUTED, Parser, add_option, check_output, exit_status
 from blsam.training.loop import train
 from blsam.training.settings import TrainSettings
 
@@ -58,7 +58,7 @@ VARIANTS = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add_option(parser, "--model", choices=ROUTED)
     add("--teacher-checkpoint", type=Path, required=True, help="of the dense model")

@@ -11,12 +11,11 @@ and optimiser add the share measured here (scripts/studies/results/training). SA
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from blsam.config import CONFIGS
 from blsam.modeling.macs import encoder_macs
-from blsam.options import exit_status
+from blsam.options import Parser, exit_status
 
 PHOTOS, BYTES = 11_185_362, 10.3 * 2**40
 TEACHER_PER_SECOND = {"blsam_vit_b": 73.2, "blsam_vit_h": 21.92}  # segment-anything-fast, experiments/results.csv
@@ -25,7 +24,7 @@ EMBEDDING = 2 * 256 * 64 * 64  # bytes, half precision
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     add = parser.add_argument
     add("--fraction", type=float, default=0.02)
     add("--epochs", type=float, default=10)

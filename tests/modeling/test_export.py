@@ -57,6 +57,14 @@ def test_traced_with_gradients_on(config):
         assert gap(traced(other), encoder(other)) <= 1e-5, gap(traced(other), encoder(other))
 
 
+def test_extents_as_integers_are_constants_of_a_graph():
+    encoder, x, sizes = tiny(), images(2), SIZES[:2].tolist()
+    with torch.no_grad():
+        program = torch.export.export(encoder, (x,), {"true_sizes": sizes})
+        difference = gap(program.module()(x, true_sizes=sizes), encoder(x, true_sizes=sizes))
+    assert difference <= 1e-5, difference
+
+
 @pytest.mark.e2e
 @pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "torch.jit"])
 @pytest.mark.parametrize("config", [TINY_EXACT, TINY], ids=lambda config: config.name)

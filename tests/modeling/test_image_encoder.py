@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from blsam.config import CONFIGS
+from blsam.modeling.blocks import Block
 from blsam.modeling.image_encoder import ImageEncoder
 from blsam.modeling.routing import Routing, Stage
 from scripts.benchmarks.benchmark_row import reference_encoder
@@ -203,3 +205,24 @@ def test_stages_without_a_routing_are_the_dense_model():
     for number in (None, 0, 1):
         tokens = encoder.run_stage(tokens, number)
     assert torch.equal(encoder.neck(tokens.permute(0, 3, 1, 2)), exact(x))
+
+
+@pytest.mark.parametrize("config", [TINY_EXACT, TINY], ids=lambda config: config.name)
+@torch.no_grad()
+def test_every_block_is_called_as_a_module(config):
+    """So that hooks, activation checkpointing and sharding see it."""
+    encoder, called = tiny(config), []
+    for i, block in enumerate(encoder.blocks):
+        block.register_forward_hook(lambda *_, i=i: called.append(i))
+    encoder(images())
+    assert called == [0, 1, 2, 3]
+
+
+def test_activation_checkpointing_reaches_every_block():
+    encoder, x = tiny(TINY_EXACT), images()
+    apply_activation_checkpointing(encoder, check_fn=lambda module: isinstance(module, Block))
+    runs = []
+    for block in encoder.blocks:
+        block.norm1.register_forward_hook(lambda *_: runs.append(1))
+    encoder(x).square().mean().backward()
+    assert len(runs) == 8, "four layers, each of them a second time for the gradient"
