@@ -41,7 +41,10 @@ class Identity:
 
     @classmethod
     def of(cls, sam: Sam, keep_ratio: float | None = None) -> Identity:
-        """Of a `Sam` as it is now, or encoding at another keep ratio; reads all weights once."""
+        """Of a `Sam` as it is now, or encoding at another keep ratio; reads all weights once.
+
+        A photo that was encoded before the keep ratio changed wants the ratio that it was encoded with.
+        """
         encoder = sam.image_encoder
         ratio = encoder.keep_ratio if keep_ratio is None else keep_ratio
         dtype = str(encoder.patch_embed.proj.weight.dtype).removeprefix("torch.")
