@@ -119,7 +119,7 @@ def test_a_configuration_of_one_s_own_is_trained_and_written_down(settings):
     with pytest.raises(ValueError, match="was begun with model"):
         train(replace(settings, steps=2, resume=True))
     train(replace(settings, model=mine, steps=2, resume=True))
-    assert [row["step"] for row in rows(settings.output) if "total" in row] == [1, 2]
+    assert [row["step"] for row in rows(settings.output) if "loss" in row] == [1, 2]
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(settings):
