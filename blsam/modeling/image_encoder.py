@@ -97,9 +97,8 @@ class ImageEncoder(nn.Module):
                 module.form = form
         return self
 
-    def forward(
-        self, x: torch.Tensor, *, true_sizes: TrueSizes = None, keep_ratio: float | None = None
-    ) -> torch.Tensor:
+    # arguments may come by place: torch's older ONNX exporter gives defaults so
+    def forward(self, x: torch.Tensor, true_sizes: TrueSizes = None, keep_ratio: float | None = None) -> torch.Tensor:
         """x [B, 3, S, S], normalised, padded at right and bottom -> embedding [B, 256, S/16, S/16] float32.
 
         true_sizes: for each image (h, w) in pixels of what is not padding, as Python integers, or an int64 tensor
