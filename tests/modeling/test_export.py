@@ -69,9 +69,12 @@ def test_extents_as_integers_are_constants_of_a_graph():
 @pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "torch.jit"])
 @pytest.mark.parametrize("config", [TINY_EXACT, TINY], ids=lambda config: config.name)
 def test_onnx_gives_the_same_values(config, dynamo, tmp_path):
-    runtime = pytest.importorskip("onnxruntime")
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     encoder, path = tiny(config), tmp_path / "encoder.onnx"
     to_onnx(encoder, images(2), path, dynamo)
+    if dynamo:
+        kinds = {node.op_type for node in onnx.load(path).graph.node}
+        assert "MatMul" in kinds and not [kind for kind in kinds if "Scatter" in kind or kind == "Loop"], kinds
     session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in (1, 3) if dynamo else (2,):
         x = images(batch)
@@ -81,17 +84,17 @@ def test_onnx_gives_the_same_values(config, dynamo, tmp_path):
         assert difference <= 1e-4, f"batch {batch}: {difference:.1e}"
 
 
-@pytest.mark.e2e
-@pytest.mark.parametrize("size", [208, 512])
-def test_no_scatter_in_the_onnx_of_the_small_model(size, tmp_path):
+@pytest.mark.slow
+def test_no_scatter_in_the_onnx_of_the_small_model(tmp_path):
     onnx = pytest.importorskip("onnx")
     torch.manual_seed(0)
-    to_onnx(ImageEncoder(CONFIGS["blsam_vit_t"], size).eval(), images(1, size), tmp_path / "encoder.onnx", True)
-    kinds = [node.op_type for node in onnx.load(tmp_path / "encoder.onnx").graph.node]
-    assert "MatMul" in kinds and not [kind for kind in kinds if "Scatter" in kind or kind == "Loop"]
+    to_onnx(ImageEncoder(CONFIGS["blsam_vit_t"], 208).eval(), images(2, 208), tmp_path / "encoder.onnx", True)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "encoder.onnx").graph.node}
+    assert "MatMul" in kinds and not [kind for kind in kinds if "Scatter" in kind or kind == "Loop"], kinds
 
 
 def to_onnx(encoder, x, path, dynamo):
+    # the example has a batch of two: torch.export makes a constant of one
     options = {"dynamo": True, "dynamic_shapes": {"x": {0: torch.export.Dim("batch", min=1, max=64)}}}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
