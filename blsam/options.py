@@ -140,6 +140,11 @@ def add_model_options(parser: Any) -> None:
         add_option(parser, name)
 
 
+def builder_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What a builder takes of them."""
+    return {name: getattr(args, name) for name in ("image_size", "keep_ratio", "dtype", "device")}
+
+
 def dtype_name(args: argparse.Namespace) -> str:
     """The --dtype asked for, "auto" decided for the --device."""
     return str(resolve_dtype(args.dtype, args.device)).removeprefix("torch.")

@@ -15,7 +15,16 @@ from tqdm import tqdm
 from blsam import SamPredictor, sam_model_registry
 from blsam.files import write_atomically
 from blsam.images import read_image
-from blsam.options import ROUTED, Parser, UsageError, add_option, check_output, exit_status, find_checkpoint
+from blsam.options import (
+    ROUTED,
+    Parser,
+    UsageError,
+    add_option,
+    builder_options,
+    check_output,
+    exit_status,
+    find_checkpoint,
+)
 from blsam.visualize import routing_figure
 
 
@@ -48,14 +57,7 @@ def main() -> int:
         check_output("--output", path, taken=(*args.photos, checkpoint))
     images = [read_image(photo) for photo in args.photos]
 
-    build = sam_model_registry[args.model]
-    sam = build(
-        checkpoint,
-        image_size=args.image_size,
-        keep_ratio=args.keep_ratio,
-        dtype=args.dtype,
-        device=args.device,
-    )
+    sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
     predictor = SamPredictor(sam)
     for path, image in zip(paths, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
         draw(predictor, image, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..options import UsageError, add_model_options, find_checkpoint
+from ..options import UsageError, add_model_options, builder_options, find_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,14 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from ..build_sam import sam_model_registry
 
     listener = page.bind(args.host, args.port)
-    build = sam_model_registry[args.model]
-    sam = build(
-        checkpoint,
-        image_size=args.image_size,
-        keep_ratio=args.keep_ratio,
-        dtype=args.dtype,
-        device=args.device,
-    )
+    sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
     segmenter = Segmenter(sam)
     segmenter.warm_up()
     page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..files import write_bytes, write_json
-from ..options import PICTURES, UsageError, add_model_options, check_output, find_checkpoint
+from ..options import PICTURES, UsageError, add_model_options, builder_options, check_output, find_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,14 +74,7 @@ def run(args: argparse.Namespace) -> None:
     for x, y in points_outside(points, image.shape[:2]):
         raise UsageError(f"point {x:g},{y:g} lies outside the image of {image.shape[1]} x {image.shape[0]} pixels")
 
-    build = sam_model_registry[args.model]
-    sam = build(
-        checkpoint,
-        image_size=args.image_size,
-        keep_ratio=args.keep_ratio,
-        dtype=args.dtype,
-        device=args.device,
-    )
+    sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
     predictor = SamPredictor(sam)
     watch = Stopwatch(sam.device)
     with watch("encoder"):
