@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         sam_model_registry,
     )
     from .predictor import SamPredictor
+    from .swap import install, uninstall
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,9 @@ _HOMES = {
     "build_sam_vit_h": "build_sam",
     "build_sam_vit_l": "build_sam",
     "build_sam_vit_t": "build_sam",
+    "install": "swap",
     "sam_model_registry": "build_sam",
+    "uninstall": "swap",
 }
 __all__ = list(_HOMES)
 

@@ -36,6 +36,11 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         with torch.device(self.predictor.device):
             return super().generate(image)
 
+    def _process_crop(self, *args: Any) -> MaskData:
+        data = super()._process_crop(*args)
+        data["crop_boxes"] = data["crop_boxes"].view(-1, 4)  # of no masks, it would have one dimension and break
+        return data
+
     def _process_batch(
         self, points: np.ndarray, im_size: tuple[int, ...], crop_box: list[int], orig_size: tuple[int, ...]
     ) -> MaskData:
@@ -51,8 +56,9 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
             kept = kept[scores > self.pred_iou_thresh]
         data = MaskData()
         for part in kept.split(CHUNK):  # of nothing, one part without masks
-            of_point = torch.as_tensor(points)[(part // found.scores.shape[1]).cpu()]
-            data.cat(self._process_masks(logits[part], scores[part], of_point.to(part.device), crop_box, orig_size))
+            # float64, as in SAM, and so on the CPU: not every device has it
+            of_point = torch.as_tensor(points, device="cpu")[(part // found.scores.shape[1]).cpu()]
+            data.cat(self._process_masks(logits[part], scores[part], of_point, crop_box, orig_size))
         return data
 
     def _process_masks(

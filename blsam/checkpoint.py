@@ -20,12 +20,14 @@ from torch import nn
 
 from .config import CONFIGS, EncoderConfig
 from .files import write_atomically
+from .modeling.attention import resampled
+from .modeling.image_encoder import NEW as ENCODER_NEW
 from .modeling.windows import PATCH
 
 State = dict[str, torch.Tensor]
 SUFFIXES = (".safetensors", ".pth", ".pt")
 # The keys that SAM does not have; all others keep SAM's names.
-NEW = re.compile(r"image_encoder\.(blocks\.\d+\.(e_block|fusion)|predictors)\.")
+NEW = re.compile(r"image_encoder\." + ENCODER_NEW.pattern)
 
 
 class CheckpointError(ValueError):
@@ -128,8 +130,7 @@ def resample(key: str, value: torch.Tensor, shape: torch.Size, in_global_layer: 
         grid = F.interpolate(grid, size=tuple(shape[1:3]), mode="bicubic", align_corners=False)
         return grid.permute(0, 2, 3, 1).to(value.dtype)
     if in_global_layer and key.endswith(("rel_pos_h", "rel_pos_w")) and value.shape[1:] == shape[1:]:
-        table = F.interpolate(value.float().T[None], size=shape[0], mode="linear")  # [L, d] -> [1, d, L]
-        return table[0].T.to(value.dtype)
+        return resampled(value, shape[0])
     return value
 
 

@@ -63,8 +63,8 @@ def decode(
             dense_prompt_embeddings=dense,
             multimask_output=three,
         )
-        found_logits.append(low)
-        found_scores.append(scores)
+        found_logits.append(low.float())  # under autocast they are not
+        found_scores.append(scores.float())
     return Candidates(torch.cat(found_logits), torch.cat(found_scores))
 
 

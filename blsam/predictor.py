@@ -1,9 +1,15 @@
-"""`segment_anything`'s `SamPredictor` that tells the encoder what is padding, and checks prompts."""
+"""`segment_anything`'s `SamPredictor` that tells the encoder what is padding, and checks prompts.
+
+What SAM answers is answered, with one warning where it makes no sense (`senseless`); the command line and the page
+refuse that (`check_prompts`).
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -30,7 +36,13 @@ class SamPredictor(_SamPredictor):
 
     Attributes besides SAM's: `routing`, which tokens of the photo were prime in each stage (None: no photo is set), and
     `encoded`, the photo that is set as a value.
+
+    A predictor holds one photo and is not meant for several threads: each should have its own, which may share the
+    model. `predict` works on the photo that is set when it begins, whatever happens to the predictor meanwhile.
     """
+
+    routing: Routing | None = None
+    _batch: list[Encoded] = []  # noqa: RUF012 - never changed in place
 
     def __init__(self, sam_model: Sam) -> None:
         super().__init__(sam_model)
@@ -39,8 +51,7 @@ class SamPredictor(_SamPredictor):
     def reset_image(self) -> None:
         """Forget the photo, or the photos."""
         super().reset_image()
-        self.routing: Routing | None = None
-        self._batch: list[Encoded] = []
+        self.routing, self._batch = None, []
 
     @property
     def encoded(self) -> Encoded:
@@ -61,21 +72,23 @@ class SamPredictor(_SamPredictor):
         self._use(encoded.to(self.device))
 
     def _use(self, encoded: Encoded) -> None:
-        self.features, self.routing = encoded.features, encoded.routing
-        self.original_size, self.input_size = encoded.original_size, encoded.input_size
-        self.is_image_set = True
+        parts = {f.name: getattr(encoded, f.name) for f in fields(encoded)}
+        self.__dict__.update(parts, is_image_set=True)  # in one step, for threads that look at it
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: torch.Tensor, original_image_size: tuple[int, int]) -> None:
-        """An image [1, 3, h, w], already resized so that its longer side is `img_size`; original size as (H, W)."""
+        """An image [1, 3, h, w], already resized so that its longer side is `img_size`; original size as (H, W).
+
+        As in SAM, a batch of B images of one size is taken: `features` is theirs, and each has to be decoded by hand.
+        """
         side = self.model.image_encoder.img_size
         shape = tuple(transformed_image.shape)
-        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != side:
+        if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side:
             raise ValueError(f"the image must be [1, 3, h, w] with its longer side {side}, is {list(shape)}")
         self.reset_image()
-        features, routing = self.model.encode_images([transformed_image])
+        features, routing = self.model.encode_images(list(transformed_image))
         height, width = original_image_size
-        self._use(Encoded(features, routing.of_image(0), (shape[2], shape[3]), (height, width)))
+        self._use(Encoded(features, routing, (shape[2], shape[3]), (height, width)))
 
     @torch.no_grad()
     def set_images(self, images: Sequence[np.ndarray]) -> None:
@@ -118,20 +131,58 @@ class SamPredictor(_SamPredictor):
             multimask_output: three candidates, or the single mask that suits unambiguous prompts.
             return_logits: logits instead of a bool mask.
 
-        Returns masks [M, H, W], scores [M] (predicted IoU), low-resolution logits [M, h, w]; ValueError says what a
-        prompt should have been.
+        Returns masks [M, H, W], scores [M] (predicted IoU), low-resolution logits [M, h, w], which are float32 whatever
+        the precision; ValueError says what a prompt should have been, and a warning what of it makes no sense.
         """
         point_coords, point_labels, box, mask_input = (
             value if value is None else np.asarray(value) for value in (point_coords, point_labels, box, mask_input)
         )
-        if self.is_image_set:
-            check_prompts(point_coords, point_labels, box, mask_input, self.original_size)
+        if point_coords is not None and point_coords.size == 0:  # an empty list is no points, as np.empty((0, 2)) is
+            point_coords, point_labels = np.empty((0, 2)), np.empty(0)
+        now = copy.copy(self)
+        if now.is_image_set:
+            check_shapes(point_coords, point_labels, box, mask_input)
             wanted = (1, *self.model.prompt_encoder.mask_input_size)
             if mask_input is not None and mask_input.shape != wanted:
                 raise ValueError(f"mask_input must be {list(wanted)}, is {list(mask_input.shape)}")
-            if points_outside(point_coords, self.original_size):
-                warnings.warn("a point lies outside the image; its mask has little meaning", stacklevel=2)
-        return super().predict(point_coords, point_labels, box, mask_input, multimask_output, return_logits)
+            odd = senseless(point_coords, point_labels, box, now.original_size)
+            if not odd and points_outside(point_coords, now.original_size):
+                odd = "a point lies outside the image"
+            if odd:
+                warnings.warn(f"{odd}; the mask has little meaning", stacklevel=2)
+        return super(SamPredictor, now).predict(
+            point_coords, point_labels, box, mask_input, multimask_output, return_logits
+        )
+
+    @torch.no_grad()
+    def predict_torch(
+        self,
+        point_coords: torch.Tensor | None,
+        point_labels: torch.Tensor | None,
+        boxes: torch.Tensor | None = None,
+        mask_input: torch.Tensor | None = None,
+        multimask_output: bool = True,
+        return_logits: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Masks of P prompts in the coordinates of the resized image, as in SAM; P may be 0.
+
+        point_coords [P, N, 2], point_labels [P, N], boxes [P, 4], mask_input [P, 1, h, w]. Returns masks [P, M, H, W],
+        scores [P, M] and low-resolution logits [P, M, h, w]; scores and logits float32, under autocast too.
+        """
+        if self.is_image_set and any(given is not None and len(given) == 0 for given in (point_coords, boxes)):
+            count, size = 3 if multimask_output else 1, self.model.prompt_encoder.mask_input_size
+            masks = self.features.new_zeros(0, count, *self.original_size)
+            masks = masks if return_logits else masks.bool()
+            return masks, self.features.new_zeros(0, count), self.features.new_zeros(0, count, *size)
+        weight = next(self.model.prompt_encoder.parameters())
+        if weight.dtype != torch.float32 and not torch.is_autocast_enabled(weight.device.type):
+            raise RuntimeError(
+                f"SAM's prompt encoder works in float32 and was cast to {str(weight.dtype).removeprefix('torch.')}; "
+                'cast the image encoder alone, by dtype="bfloat16" where the model is built, or predict under autocast'
+            )
+        found = super().predict_torch(point_coords, point_labels, boxes, mask_input, multimask_output, return_logits)
+        masks, scores, logits = (t if t.dtype == torch.bool else t.float() for t in found)
+        return masks, scores, logits
 
 
 def check_prompts(
@@ -141,33 +192,68 @@ def check_prompts(
     mask_input: np.ndarray | None,
     image_size: tuple[int, int],
 ) -> None:
-    """ValueError unless the prompts of one `predict` call have the right shapes, values and order; image_size (H, W)."""
-    if (point_coords is None) != (point_labels is None):
-        raise ValueError("point_coords and point_labels go together: give both or neither")
+    """ValueError unless the prompts of one `predict` call make sense on an image of size (H, W)."""
+    check_shapes(point_coords, point_labels, box, mask_input)
+    odd = senseless(point_coords, point_labels, box, image_size)
+    if odd:
+        raise ValueError(odd)
+
+
+def check_shapes(
+    point_coords: np.ndarray | None,
+    point_labels: np.ndarray | None,
+    box: np.ndarray | None,
+    mask_input: np.ndarray | None,
+) -> None:
+    """ValueError unless the prompts of one `predict` call have the right shapes, and finite values."""
+    if point_coords is not None and point_labels is None:
+        raise ValueError("point_coords and point_labels go together: the labels are missing")
     if point_coords is not None:
         coords, labels = np.asarray(point_coords), np.asarray(point_labels)
         if coords.ndim != 2 or coords.shape[1] != 2:
             raise ValueError(f"point_coords must be [N, 2] (x, y in pixels), is {list(coords.shape)}")
         if labels.shape != coords.shape[:1]:
             raise ValueError(f"point_labels must be [{len(coords)}], one for each point, is {list(labels.shape)}")
-        if not np.isfinite(coords.astype(float)).all():
-            raise ValueError("point_coords must be finite")
-        if not np.isin(labels, (-1, 0, 1)).all():
-            raise ValueError("point_labels must be 1 (object), 0 (background) or -1 (no point)")
+        if not _finite(coords) or not _finite(labels):
+            raise ValueError("point_coords and point_labels must be finite numbers")
     if box is not None:
-        b = np.asarray(box, float)
-        b = b[0] if b.shape == (1, 4) else b  # SAM's notebooks pass it so
-        if b.shape != (4,) or not np.isfinite(b).all():
+        shape = np.shape(box)
+        if len(shape) == 2 and shape[1] == 4 and shape[0] > 1:
+            raise ValueError(f"predict takes one box, is given {shape[0]}; predict_torch takes many")
+        if shape not in ((4,), (1, 4)) or not _finite(box):  # SAM's notebooks pass it so
             raise ValueError(f"box must be four finite numbers x1, y1, x2, y2, is {np.asarray(box).tolist()}")
-        if b[2] <= b[0] or b[3] <= b[1]:
-            raise ValueError(f"box must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, is {b.tolist()}")
-        height, width = image_size
-        if b[2] <= 0 or b[3] <= 0 or b[0] >= width or b[1] >= height:
-            raise ValueError(f"box {b.tolist()} misses the image of {width} x {height} pixels")
     if mask_input is not None:
-        m = np.asarray(mask_input, float)
-        if m.ndim != 3 or m.shape[0] != 1 or not np.isfinite(m).all():
-            raise ValueError(f"mask_input must be finite logits [1, h, w] of an earlier call, is {list(m.shape)}")
+        shape = np.shape(mask_input)
+        if len(shape) != 3 or shape[0] != 1 or not _finite(mask_input):
+            raise ValueError(f"mask_input must be finite logits [1, h, w] of an earlier call, is {list(shape)}")
+
+
+def senseless(
+    point_coords: np.ndarray | None,
+    point_labels: np.ndarray | None,
+    box: np.ndarray | None,
+    image_size: tuple[int, int],
+) -> str | None:
+    """What makes no sense in prompts of the right shapes, although SAM answers them; image_size (H, W)."""
+    if point_labels is not None and point_coords is None:
+        return "point_labels without point_coords"
+    if point_labels is not None and not np.isin(point_labels, (-1, 0, 1)).all():
+        return "point_labels must be 1 (object), 0 (background) or -1 (no point)"
+    if box is not None:
+        (height, width), (x1, y1, x2, y2) = image_size, np.asarray(box, float).reshape(4).tolist()
+        if x2 <= x1 or y2 <= y1:
+            return f"box must be x1, y1, x2, y2 with x1 < x2 and y1 < y2, is {[x1, y1, x2, y2]}"
+        if x2 <= 0 or y2 <= 0 or x1 >= width or y1 >= height:
+            return f"box {[x1, y1, x2, y2]} misses the image of {width} x {height} pixels"
+    return None
+
+
+def _finite(values: np.ndarray) -> bool:
+    """Whether all are numbers, and finite."""
+    try:
+        return bool(np.isfinite(np.asarray(values, float)).all())
+    except (TypeError, ValueError):
+        return False
 
 
 def points_outside(point_coords: np.ndarray | None, image_size: tuple[int, int]) -> list[tuple[float, float]]:

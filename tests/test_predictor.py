@@ -1,5 +1,8 @@
 """The predictor path against segment_anything's, and the checks of prompts."""
 
+import copy
+import threading
+
 import numpy as np
 import pytest
 import segment_anything as sa
@@ -73,6 +76,10 @@ def test_segment_anythings_own_tools_work_on_our_model(small):
         ({"point_coords": [[1, 1]], "point_labels": [1, 1]}, "one for each point"),
         ({"point_coords": [[np.nan, 1]], "point_labels": [1]}, "finite"),
         ({"point_coords": [[1, 1]], "point_labels": [2]}, "1 \\(object\\)"),
+        ({"point_coords": [[1, 1]], "point_labels": [np.nan]}, "finite"),
+        ({"point_coords": [["a", "b"]], "point_labels": [1]}, "finite"),
+        ({"point_labels": [1]}, "without point_coords"),
+        ({"box": np.zeros((100, 4))}, "predict_torch takes many"),
         ({"box": [1, 1, 2]}, "four finite"),
         ({"box": [5, 1, 5, 9]}, "x1 < x2"),
         ({"box": [600, 1, 700, 9]}, "misses the image"),
@@ -90,12 +97,186 @@ def test_boxes_of_coco_touch_the_border_and_notebooks_add_a_dimension():
         check_prompts(None, None, box, None, (300, 512))
 
 
-def test_a_point_outside_is_one_warning(small):
+SENSELESS = {
+    "outside": {"point_coords": np.array([[600.0, 10.0]]), "point_labels": np.array([1])},
+    "labels": {"point_coords": np.array([[10.0, 10.0], [90.0, 90.0]]), "point_labels": np.array([2, 3])},
+    "reversed": {"box": np.array([250.0, 280.0, 60.0, 20.0])},
+    "empty": {"box": np.array([60.0, 20.0, 60.0, 20.0])},
+    "misses": {"box": np.array([600.0, 20.0, 700.0, 90.0])},
+    "no points": {"point_labels": np.array([1])},
+}
+
+
+@pytest.mark.skipif(not TRIAL.is_file(), reason=f"no weights at {TRIAL} (set BLSAM_DATA)")
+@pytest.mark.parametrize("name", SENSELESS)
+def test_what_sam_answers_is_answered_with_one_warning(predictors, name):
+    ours, reference = predictors
+    for predictor in predictors:
+        predictor.set_image(PHOTOS["landscape"])
+    with pytest.warns(UserWarning, match="little meaning") as caught:
+        masks, scores, _ = ours.predict(**SENSELESS[name])
+    assert len(caught) == 1
+    expected, expected_scores, _ = reference.predict(**SENSELESS[name])
+    assert (masks != expected).mean() <= 1e-3 and np.abs(scores - expected_scores).max() <= 1e-4
+
+
+@pytest.mark.skipif(not TRIAL.is_file(), reason=f"no weights at {TRIAL} (set BLSAM_DATA)")
+def test_no_points_beside_a_box(predictors):
+    ours, reference = predictors
+    for predictor in predictors:
+        predictor.set_image(PHOTOS["landscape"])
+    box, none = np.array([60.0, 20, 250, 280]), (np.empty((0, 2)), np.empty(0))
+    expected = reference.predict(*none, box=box)[1]
+    for points in (none, ([], []), (np.empty((0, 2)), np.empty((0, 1)))):
+        assert np.abs(ours.predict(*points, box=box)[1] - expected).max() <= 1e-4
+    assert np.abs(ours.predict([], [])[1] - reference.predict(*none)[1]).max() <= 1e-4
+
+
+@pytest.mark.skipif(not TRIAL.is_file(), reason=f"no weights at {TRIAL} (set BLSAM_DATA)")
+def test_a_batch_in_set_torch_image(predictors):
+    batch = torch.rand(2, 3, 300, 512, generator=torch.Generator().manual_seed(0)) * 255
+    for predictor in predictors:
+        predictor.set_torch_image(batch, (300, 512))
+    found, expected = (predictor.get_image_embedding() for predictor in predictors)
+    assert found.shape == expected.shape and gap(found, expected) <= 1e-4
+    assert found.is_contiguous()
+
+
+def test_no_prompts_give_no_masks(small):
     predictor = SamPredictor(small)
     predictor.set_image(PHOTOS["landscape"])
-    with pytest.warns(UserWarning, match="outside the image") as caught:
-        predictor.predict(np.array([[600.0, 10.0]]), np.array([1]))
-    assert len(caught) == 1
+    for given in (
+        {"boxes": torch.zeros(0, 4)},
+        {"point_coords": torch.zeros(0, 1, 2), "point_labels": torch.zeros(0, 1)},
+    ):
+        for three, logits in ((True, False), (False, True)):
+            prompts = {"point_coords": None, "point_labels": None, "boxes": None, **given}
+            wanted = predictor.predict_torch(
+                **{k: None if v is None else torch.ones(1, *v.shape[1:]) for k, v in prompts.items()},
+                multimask_output=three,
+                return_logits=logits,
+            )
+            found = predictor.predict_torch(**prompts, multimask_output=three, return_logits=logits)
+            for mine, one in zip(found, wanted):
+                assert mine.shape == (0, *one.shape[1:]) and mine.dtype == one.dtype
+
+
+def test_under_autocast_arrays_are_float32(small):
+    predictor, box = SamPredictor(small), np.array([60.0, 20, 250, 280])
+    predictor.set_image(PHOTOS["landscape"])
+    plain = predictor.predict(box=box)
+    with torch.autocast("cpu", torch.bfloat16):
+        predictor.set_image(PHOTOS["landscape"])
+        masks, scores, logits = predictor.predict(box=box, return_logits=True)
+        records = SamAutomaticMaskGenerator(small, 2, pred_iou_thresh=0, stability_score_thresh=0).generate(
+            PHOTOS["landscape"]
+        )
+    assert predictor.get_image_embedding().dtype == torch.float32
+    assert masks.dtype == scores.dtype == logits.dtype == np.float32
+    assert ((masks > 0) != plain[0]).mean() < 0.02 and np.abs(scores - plain[1]).max() < 0.05
+    assert records and all(isinstance(r["predicted_iou"], float) for r in records)
+
+
+def test_a_decoder_that_was_cast_names_the_option():
+    predictor = SamPredictor(sam_model_registry["blsam_vit_t"](image_size=128).to(torch.bfloat16))
+    predictor.set_image(np.zeros((90, 128, 3), np.uint8))
+    assert predictor.features.dtype == torch.bfloat16
+    with pytest.raises(RuntimeError, match='dtype="bfloat16"'):
+        predictor.predict(box=np.array([1, 1, 50, 50]))
+
+
+def test_another_encoder_is_used_as_in_sam(small):
+    class Own(torch.nn.Module):
+        img_size = 256
+
+        def forward(self, x):
+            self.seen = x.shape
+            return torch.ones(len(x), 256, 16, 16)
+
+    sam = copy.copy(small)
+    sam._modules = dict(small._modules, image_encoder=Own())
+    predictor = SamPredictor(sam)
+    predictor.set_image(PHOTOS["landscape"])
+    assert sam.image_encoder.seen == (1, 3, 256, 256) and predictor.features.eq(1).all()
+    assert predictor.predict(box=[60, 20, 250, 280])[0].shape == (3, 300, 512)
+    with pytest.raises(ValueError, match="keep_ratio means nothing to an image encoder of type Own"):
+        sam.encode_images([torch.zeros(3, 150, 256)], keep_ratio=0.5)
+
+
+@pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t"])
+def test_a_compiled_encoder_is_used(name):
+    torch.manual_seed(0)
+    sam = sam_model_registry[name](image_size=128)
+    predictor = SamPredictor(sam)
+    predictor.set_image(PHOTOS["landscape"])
+    plain, runs = predictor.features, []
+
+    def backend(graph, inputs):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    sam.image_encoder = torch.compile(sam.image_encoder, backend=backend)
+    predictor.set_image(PHOTOS["landscape"])
+    assert runs and gap(predictor.features, plain) <= 1e-4
+    sam.image_encoder = sam.image_encoder._orig_mod
+    sam.image_encoder.compile(backend=backend)
+    runs.clear()
+    predictor.set_image(PHOTOS["portrait"])
+    assert runs
+    predictor.predict(box=[60, 20, 250, 280])
+
+
+def test_hooks_of_the_encoder_are_called(small):
+    seen, predictor = [], SamPredictor(small)
+    handle = small.image_encoder.register_forward_hook(lambda _, __, out: seen.append(out))
+    predictor.set_image(PHOTOS["landscape"])
+    handle.remove()
+    assert len(seen) == 1 and torch.equal(seen[0], predictor.features) and predictor.routing.stages
+
+
+def test_threads_never_mix_two_photos(small):
+    """Two threads set photos of different sizes, others predict: each answer is one of the two, or says that none is set."""
+    predictor, box = SamPredictor(small), np.array([20, 20, 250, 250])
+    photos = [PHOTOS["landscape"][:, :400], PHOTOS["portrait"][:200]]
+    expected = []
+    for photo in photos:
+        predictor.set_image(photo)
+        expected.append((predictor.encoded, *predictor.predict(box=box)))
+    wrong, stop = [], threading.Event()
+
+    def change():
+        for i in range(400):
+            predictor.set_encoded(expected[i % 2][0])
+        stop.set()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                found = predictor.predict(box=box)
+            except RuntimeError as error:
+                if "An image must be set" not in str(error):
+                    wrong.append(error)
+                continue
+            if not any(
+                f.shape == e.shape and np.allclose(f, e, atol=1e-4) for _, f, *_ in expected for e in found[:1]
+            ):
+                wrong.append(found[0].shape)
+
+    threads = [threading.Thread(target=target) for target in (change, ask, ask)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[:3]
+
+
+def test_a_subclass_that_sets_its_attributes_itself(small):
+    class Own(SamPredictor):
+        def __init__(self, sam):
+            self.model, self.transform = sam, ResizeLongestSide(sam.image_encoder.img_size)
+
+    predictor = Own(small)
+    predictor.set_image(PHOTOS["landscape"])
+    assert predictor.predict(box=[60, 20, 250, 280])[0].shape == (3, 300, 512)
 
 
 def test_torch_images_are_resized_by_their_height_and_width():

@@ -6,91 +6,113 @@ semi-cross attention) and the narrow E-branch (all tokens ask, in fewer channels
     logits[q, k] = scale * q . k + q . R_h[y_q - y_k] + q . R_w[x_q - x_k]        (q unscaled in the last two, as in SAM)
 
 SAM pads partial windows with zeros *before* the projections, so a padded key is the bias of the k and v projections.
-Here the projections run on real tokens only and the padding is filled in with those biases.
+Here the projections run on real tokens only and the padding is filled in with those biases. A projection that somebody
+has wrapped, hooked or quantised is called as SAM calls it, on the grid with its padding.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from segment_anything.modeling.image_encoder import Attention as _Attention
 from torch import nn
 
+from .layers import input_dtype, is_plain
 from .product import FORMS, Keys, Plain, choose_form
 from .routing import Queries
-from .windows import merge, regions
+from .windows import Region, merge, regions
 
 
-class Attention(nn.Module):
+class Attention(_Attention):
     """Multi-head attention over windows of `window` tokens a side (0: over the whole grid).
 
     dim is the width of the tokens, inner that of queries, keys and values (SAM: the same). `semi_cross=False` takes keys
-    and values from the query tokens alone. Attribute `form`: a name of `product.FORMS` to force, None: what is fastest.
+    and values from the query tokens alone. Attributes: `window`, which may be changed (the tables of positions are
+    resampled, as SAM does); `form`, a name of `product.FORMS` to force, None: what is fastest.
     """
 
     offsets_h: torch.Tensor
     offsets_w: torch.Tensor
 
     def __init__(
-        self, dim: int, inner: int, heads: int, window: int, grid: tuple[int, int], semi_cross: bool = True
+        self, dim: int, inner: int, num_heads: int, window: int, grid: tuple[int, int], semi_cross: bool = True
     ) -> None:
-        super().__init__()
-        self.heads, self.inner, self.window, self.semi_cross = heads, inner, window, semi_cross
+        nn.Module.__init__(self)  # SAM's own would make layers of one width
+        self.num_heads, self.inner, self.window, self.semi_cross = num_heads, inner, window, semi_cross
         self.form: str | None = None
+        self.scale, self.use_rel_pos = (inner // num_heads) ** -0.5, True  # as SAM's says
         self.qkv = nn.Linear(dim, 3 * inner)
         self.proj = nn.Linear(inner, dim)
         height, width = (window, window) if window else grid
-        self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, inner // heads))
-        self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, inner // heads))
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * height - 1, inner // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * width - 1, inner // num_heads))
         self.register_buffer("offsets_h", offsets(height), persistent=False)
         self.register_buffer("offsets_w", offsets(width), persistent=False)
 
     def forward(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
-        """x [B, H, W, dim], normalised -> [P, dim], one row for each of the P queries; None: all tokens, in order."""
-        grid = x.shape[:3]
-        rows = x.to(self.qkv.weight.dtype).flatten(0, 2)
-        if queries is None:
-            return self.proj(self._all(self.qkv(rows), grid))
-        wq, wkv = self.qkv.weight.split([self.inner, 2 * self.inner])
-        bq, bkv = self.qkv.bias.split([self.inner, 2 * self.inner])
-        chosen = rows.index_select(0, queries.tokens)
-        q = F.linear(chosen, wq, bq)
-        kv = F.linear(rows if self.semi_cross else chosen, wkv, bkv)
-        return self.proj(self._chosen(q, kv, queries, grid))
+        """x [B, H, W, dim], normalised -> the same shape, or [P, dim] with a row for each of P queries."""
+        q, kv = self._projections(x, queries)
+        return self.proj(self._all(q, kv) if queries is None else self._chosen(q, kv, queries, x.shape[:3]))
 
-    def _all(self, qkv: torch.Tensor, grid: torch.Size) -> torch.Tensor:
-        """Every token asks, region by region of equal windows: [B*H*W, 3*inner] -> [B*H*W, inner]."""
-        product, pieces, places = self._product(qkv, grid), [], regions(grid[1], grid[2], self.window)
-        down, across = self._tables(product.scale, qkv.dtype)
+    def _projections(self, x: torch.Tensor, queries: Queries | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [B, H, W, inner], or [P, inner] of the queries, and kv [B, H', W', 2 * inner], or of the queries alone.
+
+        H' x W' is the grid, or with its padding if `qkv` is no plain layer.
+        """
+        sizes = [self.inner, 2 * self.inner]
+        x, chosen = x.to(input_dtype(self.qkv)), None
+        if not is_plain(self.qkv):
+            height, width, side = *x.shape[1:3], self.window or 1
+            q, kv = self.qkv(F.pad(x, (0, 0, 0, -width % side, 0, -height % side))).split(sizes, dim=-1)
+            q = q[:, :height, :width]
+            if queries is None:
+                return q, kv
+            if not self.semi_cross:
+                kv = kv[:, :height, :width].flatten(0, 2).index_select(0, queries.tokens)
+            return q.flatten(0, 2).index_select(0, queries.tokens), kv
+        if queries is None:
+            q, kv = self.qkv(x).split(sizes, dim=-1)
+            return q, kv
+        wq, wkv = self.qkv.weight.split(sizes)
+        bq, bkv = self.qkv.bias.split(sizes)
+        chosen = x.flatten(0, 2).index_select(0, queries.tokens)
+        return F.linear(chosen, wq, bq), F.linear(x if self.semi_cross else chosen, wkv, bkv)
+
+    def _all(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """Every token asks, region by region of equal windows: q [B, H, W, inner] -> the same shape."""
+        product, pieces, places = self._product(q, q.shape), [], regions(q.shape[1], q.shape[2], self.window)
+        down, across = self._tables(product, q.dtype)
         for region in places:
             h, w = region.shape
-            qkv_here = by_head(region.windows(qkv.view(*grid, 3, self.heads, -1)))
-            q, kv = qkv_here[0], self._padded(qkv_here[1:], product.size)
-            y = product(q, *grid_rel_pos(q, down[:h], across[:w]), product.keys(kv))
+            q_here = self._by_head(region.windows(q), 1)[0]
+            keys = product.keys(self._answers(kv, region, product.size))
+            y = product(q_here, *grid_rel_pos(q_here, down[:h], across[:w]), keys)
             # [G, heads, h*w, d] -> [down, across, B, h, w, heads, d]
             pieces.append(y.unflatten(2, region.shape).unflatten(0, (*region.count, -1)).movedim(3, 5))
-        return merge(pieces, places).view(-1, self.inner)
+        return merge(pieces, places).flatten(3)
 
     def _chosen(self, q: torch.Tensor, kv: torch.Tensor, queries: Queries, grid: torch.Size) -> torch.Tensor:
         """Some tokens ask, group by group: q [P, inner], kv of all tokens (or of these) -> [P, inner]."""
         product = self._product(q, grid)
         keys: list[Keys] = []
         if self.semi_cross:
-            kv = kv.view(*grid, 2, self.heads, -1)
             for region in regions(grid[1], grid[2], self.window):
-                keys.append(product.keys(self._padded(by_head(region.windows(kv)), product.size)))
-        down, across = self._tables(product.scale if self.semi_cross else 1.0, q.dtype)
+                keys.append(product.keys(self._answers(kv, region, product.size)))
+        down, across = self._tables(product if self.semi_cross else Plain(product.size, product.d), q.dtype)
         sizes = [group.num_windows * group.count for group in queries.groups]
         lists = [one.split(sizes) for one in (q, queries.y, queries.x)]
         out = [q.new_empty(0, self.inner)]
         for number, group in enumerate(queries.groups):
             q, y, x = (one[number].unflatten(0, (-1, group.count)) for one in lists)
-            q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [G, k, inner] -> [G, heads, k, d]
+            q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [G, k, inner] -> [G, heads, k, d]
             rel = rel_pos(q, down, y), rel_pos(q, across, x)
             if self.semi_cross:  # all tokens of the window answer
                 k, v = keys[group.region]
                 heads = product(q, *rel, (k[group.windows], v[group.windows]))
             else:
-                kv_here = kv.split(sizes)[number].unflatten(0, (-1, group.count)).unflatten(-1, (2, self.heads, -1))
+                kv_here = (
+                    kv.split(sizes)[number].unflatten(0, (-1, group.count)).unflatten(-1, (2, self.num_heads, -1))
+                )
                 k, v = kv_here.permute(2, 0, 3, 1, 4)  # [G, k, 2, heads, d] -> [2, G, heads, k, d]
                 bias = at(rel[0], y) + at(rel[1], x)
                 if queries.live is not None:
@@ -100,34 +122,46 @@ class Attention(nn.Module):
             out.append(heads.transpose(1, 2).flatten(0, 1).flatten(1))  # [G, heads, k, d] -> [G*k, inner]
         return torch.cat(out)
 
-    def _product(self, like: torch.Tensor, grid: torch.Size) -> Plain:
+    def _product(self, q: torch.Tensor, grid: torch.Size) -> Plain:
         """The form of the product for these projections."""
         size = (self.window, self.window) if self.window else (grid[1], grid[2])
-        inputs = (like, self.qkv.weight, self.rel_pos_h, self.rel_pos_w)
-        gradient = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        form = self.form or choose_form(like.dtype, like.device, gradient)
-        return FORMS[form](size, self.inner // self.heads)
+        gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, self.rel_pos_h, self.rel_pos_w))
+        form = self.form or choose_form(q.dtype, q.device, gradient)
+        return FORMS[form](size, self.inner // self.num_heads)
 
-    def _padded(self, kv: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Keys and values [2, ..., heads, h, w, d] of windows, partial ones filled up to `size` with the bias."""
+    def _by_head(self, windows: torch.Tensor, parts: int) -> torch.Tensor:
+        """Projections of windows, a view: [down, across, B, h, w, parts*inner] -> [parts, ..., B, heads, h, w, d]."""
+        return windows.unflatten(-1, (parts, self.num_heads, -1)).permute(5, 0, 1, 2, 6, 3, 4, 7)
+
+    def _answers(self, kv: torch.Tensor, region: Region, size: tuple[int, int]) -> torch.Tensor:
+        """Keys and values of windows, partial ones filled up to `size`: -> [2, down, across, B, heads, h, w, d].
+
+        kv [B, H, W, 2 * inner] may hold the padding; if not, it is filled in with the bias.
+        """
+        filled = region.filled(size)
+        if filled.rows.stop <= kv.shape[1] and filled.cols.stop <= kv.shape[2]:
+            return self._by_head(filled.windows(kv), 2)
+        kv = self._by_head(region.windows(kv), 2)
         (h, w, d), bias = kv.shape[-3:], self.qkv.bias[self.inner :].to(kv.dtype)
-        bias = bias.view(2, 1, 1, 1, self.heads, 1, 1, d)
+        bias = bias.view(2, 1, 1, 1, self.num_heads, 1, 1, d)
         if w < size[1]:
             kv = torch.cat([kv, bias.expand(*kv.shape[:-2], size[1] - w, d)], dim=-2)
         if h < size[0]:
             kv = torch.cat([kv, bias.expand(*kv.shape[:-3], size[0] - h, size[1], d)], dim=-3)
         return kv
 
-    def _tables(self, scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
-        """What a query at each place of an axis meets at each place of a key, times `scale`: 2 x [size, size, d]."""
+    def _tables(self, product: Plain, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What a query at each place of an axis meets at each place of a key, scaled for the product: 2 x [size, size, d].
+
+        Of other sizes than the tables are made for, they are resampled, as in SAM.
+        """
+        found = []
         pairs = ((self.rel_pos_h, self.offsets_h), (self.rel_pos_w, self.offsets_w))
-        # F.embedding is table[offsets], on a CPU several times faster
-        return [F.embedding(rows, (table * scale).to(dtype)) for table, rows in pairs]
-
-
-def by_head(windows: torch.Tensor) -> torch.Tensor:
-    """Projections of windows, a view: [down, across, B, h, w, parts, heads, d] -> [parts, ..., B, heads, h, w, d]."""
-    return windows.permute(5, 0, 1, 2, 6, 3, 4, 7)
+        for (table, rows), size in zip(pairs, product.size):
+            rows = rows if len(rows) == size else offsets(size).to(rows.device)
+            # F.embedding is table[rows], on a CPU several times faster
+            found.append(F.embedding(rows, (resampled(table, 2 * size - 1) * product.scale).to(dtype)))
+        return found
 
 
 # --- relative positions ----------------------------------------------------------------------------------------------
@@ -137,6 +171,13 @@ def offsets(size: int) -> torch.Tensor:
     """Rows of a relative position table [2 * size - 1, d]: [size, size], places of queries by places of keys."""
     places = torch.arange(size)
     return places[:, None] - places + size - 1
+
+
+def resampled(table: torch.Tensor, length: int) -> torch.Tensor:
+    """A relative position table of another length, [L, d] -> [length, d], linearly, as SAM does."""
+    if table.shape[0] == length:
+        return table
+    return F.interpolate(table.float().T[None], size=length, mode="linear")[0].T.to(table.dtype)  # [1, d, L] -> [L, d]
 
 
 def grid_rel_pos(q: torch.Tensor, down: torch.Tensor, across: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

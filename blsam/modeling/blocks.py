@@ -11,41 +11,57 @@ SAM's names; `e_block` and `fusion` are new.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from segment_anything.modeling.common import MLPBlock
+from segment_anything.modeling.image_encoder import Block as _Block
 from torch import nn
 
+from .layers import input_dtype
 from .routing import Queries, Stage
 
 NORM_EPS = 1e-6  # as SAM
 
 
-class Block(nn.Module):
+class Block(_Block):
     """SAM's block: x [B, ..., C] -> the same shape.
 
-    attn: from x, normalised, and `Queries` (None: all tokens) to a row for each of them, [P, C]; its attribute `window`
-    is 0 where it reaches over the whole image.
+    attn: from x, normalised, to the same shape, or with `Queries` to a row for each of them, [P, C]; its attribute
+    `window` is 0 where it reaches over the whole image.
     """
 
+    attn: Any  # Attention, or a module with its interface
+
     def __init__(self, dim: int, attn: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # SAM's own would make an attention of its own
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.mlp = MLPBlock(dim, 4 * dim)
 
-    def attention(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
-        """What attention adds to the given tokens, or to all: [B, ..., C] -> [P, C]."""
-        return self.attn(self.norm1(x), queries)
+    @property
+    def window_size(self) -> int:
+        """Tokens a side of the windows, 0: attention over the whole grid; may be set, as in SAM."""
+        return self.attn.window
 
-    def feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the feed-forward part adds: [P, C] -> [P, C]."""
-        return self.mlp(self.norm2(rows).to(self.mlp.lin1.weight.dtype))
+    @window_size.setter
+    def window_size(self, value: int) -> None:
+        self.attn.window = value
+
+    def attention(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
+        """What attention adds to all tokens, [B, ..., C] -> the same shape, or to the given ones: -> [P, C]."""
+        normalised = self.norm1(x)
+        return self.attn(normalised) if queries is None else self.attn(normalised, queries)
+
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward part adds, to tokens in any shape: [..., C] -> [..., C]."""
+        return self.mlp(self.norm2(x).to(input_dtype(self.mlp)))
 
     def dense(self, x: torch.Tensor) -> torch.Tensor:
         """All tokens through the wide part alone: SAM's own layer."""
-        rows = x.flatten(0, -2) + self.attention(x)
-        return (rows + self.feed_forward(rows)).view(x.shape)
+        x = x + self.attention(x)
+        return x + self.feed_forward(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense(x)
@@ -71,12 +87,12 @@ class EBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def attention(self, x: torch.Tensor) -> torch.Tensor:
-        """What attention adds to all N tokens: [B, ..., C] -> [N, C]."""
+        """What attention adds to all tokens: [B, ..., C] -> the same shape."""
         return self.attn(self.norm1(x))
 
-    def feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the feed-forward part adds: [N, C] -> [N, C]."""
-        return self.exit(self.mlp(self.entry(self.norm2(rows).to(self.entry.weight.dtype))))
+    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward part adds, to tokens in any shape: [..., C] -> [..., C]."""
+        return self.exit(self.mlp(self.entry(self.norm2(x).to(input_dtype(self.entry)))))
 
 
 class Fusion(nn.Module):
@@ -101,6 +117,7 @@ class Fusion(nn.Module):
         if d_e is not None:
             assert self.gamma is not None  # it came from an E-block
             new = new + self.gamma[i] * take(d_e, prime)
+        new = new.to(rows.dtype)  # scores are float32 whatever the tokens are
         if prime is None:
             return new
         others = rows if d_e is None else rows + d_e
@@ -114,7 +131,8 @@ class Fusion(nn.Module):
 class RoutedBlock(Block):
     """A layer whose wide part runs on the prime tokens: x [B, ..., C] -> the same shape.
 
-    once: one fusion after both sublayers (the paper's figure 2) instead of one after each.
+    once: one fusion after both sublayers (the paper's figure 2) instead of one after each. `window_size` may be read:
+    the windows in which tokens were chosen are those of the model.
     """
 
     def __init__(self, dim: int, attn: nn.Module, e_block: EBlock | None, once: bool = False) -> None:
@@ -123,26 +141,45 @@ class RoutedBlock(Block):
         self.e_block = e_block
         self.fusion = Fusion(1 if once else 2, e_block is not None)
 
+    @property
+    def window_size(self) -> int:
+        return self.attn.window
+
+    @window_size.setter
+    def window_size(self, value: int) -> None:
+        if value != self.attn.window:
+            raise ValueError(
+                f"window_size of a routed block is that of its model's windows, {self.attn.window}, and cannot become "
+                f"{value}; the exact models' can"
+            )
+
     def prime(self, stage: Stage) -> Queries | None:
         """The stage's prime tokens, in the order of this layer's attention."""
         return stage.window if self.attn.window else stage.image
 
-    def forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:  # type: ignore[override]  # not without a stage
+    def forward(self, x: torch.Tensor, stage: Stage | None = None) -> torch.Tensor:
+        if stage is None:
+            raise RuntimeError(
+                "a routed block needs the choice of its stage's predictor: run the encoder (forward, or run_stage with a "
+                "Stage), or block.dense(x) for all tokens through the wide part alone"
+            )
         if not self.once:
             return self.fuse_feed_forward(self.fuse_attention(x, stage), stage)
         rows, prime = x.flatten(0, -2), self.prime(stage)
-        d_p = self.attention(x, prime)
+        d_p = self._wide_attention(x, prime)
         d_p = d_p + self.feed_forward(take(rows, prime) + d_p)
         d_e = None
         if self.e_block:
-            d_e = self.e_block.attention(x)
+            d_e = self.e_block.attention(x).flatten(0, -2)
             d_e = d_e + self.e_block.feed_forward(rows + d_e)
         return self.fusion(0, rows, d_e, d_p, stage.scores, prime).view(x.shape)
 
     def fuse_attention(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
         """The layer's first half."""
         prime = self.prime(stage)
-        d_p, d_e = self.attention(x, prime), self.e_block.attention(x) if self.e_block else None
+        d_p, d_e = self._wide_attention(x, prime), None
+        if self.e_block:
+            d_e = self.e_block.attention(x).flatten(0, -2)
         return self.fusion(0, x.flatten(0, -2), d_e, d_p, stage.scores, prime).view(x.shape)
 
     def fuse_feed_forward(self, x: torch.Tensor, stage: Stage) -> torch.Tensor:
@@ -151,6 +188,10 @@ class RoutedBlock(Block):
         d_p = self.feed_forward(take(rows, prime))
         d_e = self.e_block.feed_forward(rows) if self.e_block else None
         return self.fusion(1, rows, d_e, d_p, stage.scores, prime).view(x.shape)
+
+    def _wide_attention(self, x: torch.Tensor, prime: Queries | None) -> torch.Tensor:
+        """dP of the prime tokens, or of all: -> [P, C]."""
+        return self.attention(x, prime).flatten(0, -2)  # rows of prime tokens are rows already
 
 
 def take(rows: torch.Tensor, prime: Queries | None) -> torch.Tensor:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.image_encoder import PatchEmbed
+from segment_anything.modeling.image_encoder import ImageEncoderViT, PatchEmbed
 from torch import nn
 
 from ..config import OUT_CHANNELS, EncoderConfig
 from .attention import Attention
 from .blocks import Block, EBlock, RoutedBlock
+from .layers import input_dtype
 from .product import FORMS
 from .routing import SCORERS, ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
-from .windows import PATCH
+from .windows import PATCH, exporting, unpadded_sizes
+
+# The names of parameters that SAM's encoder does not have; all others keep SAM's.
+NEW = re.compile(r"(blocks\.\d+\.(e_block|fusion)|predictors)\.")
 
 
 class Neck(nn.Sequential):
-    """SAM's neck: what comes out of the last block, [B, C, H, W], -> the embedding [B, 256, H, W] float32."""
+    """SAM's neck: what comes out of the last block, [B, C, H, W], -> the embedding [B, 256, H, W].
+
+    Float32, or what a model that was cast as a whole (`sam.half()`) holds its norms in.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__(
@@ -29,10 +37,9 @@ class Neck(nn.Sequential):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        layer: Any  # each has a weight
         for layer in self:
-            x = layer(x.to(layer.weight.dtype))
-        return x.float()
+            x = layer(x.to(input_dtype(layer)))
+        return x.to(input_dtype(self[-1])).contiguous()
 
 
 def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Block:
@@ -48,8 +55,11 @@ def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Blo
     return RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block")
 
 
-class ImageEncoder(nn.Module):
+class ImageEncoder(ImageEncoderViT):
     """A square image to SAM's embedding.
+
+    SAM's weights load into any of these models, `strict` or not: what routing adds stays as it is where a state has
+    nothing of it.
 
     Attributes: `config`; `img_size`, the side S in pixels; `keep_ratio`, the share of tokens that run through the wide
     blocks when a call does not say otherwise (1 or more: all, which is exactly SAM for SAM's weights; others than above
@@ -57,7 +67,7 @@ class ImageEncoder(nn.Module):
     """
 
     def __init__(self, config: EncoderConfig, img_size: int = 1024, keep_ratio: float = 0.25) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # SAM's own would make its layers
         if img_size < PATCH or img_size % PATCH:
             raise ValueError(f"image size must be a multiple of {PATCH}, is {img_size}")
         if config.score not in SCORERS:
@@ -69,6 +79,7 @@ class ImageEncoder(nn.Module):
         self.blocks = nn.ModuleList(build_block(config, i, (side, side)) for i in range(config.depth))
         self.predictors = nn.ModuleList(ImportancePredictor(config.dim) for _ in config.predictor_layers)
         self.neck = Neck(config.dim)
+        self.register_load_state_dict_pre_hook(_keep_what_routing_adds)
 
     @property
     def keep_ratio(self) -> float:
@@ -98,13 +109,24 @@ class ImageEncoder(nn.Module):
         return self
 
     # arguments may come by place: torch's older ONNX exporter gives defaults so
-    def forward(self, x: torch.Tensor, true_sizes: TrueSizes = None, keep_ratio: float | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        true_sizes: TrueSizes = None,
+        keep_ratio: float | None = None,
+        stages: list[Stage] | None = None,
+    ) -> torch.Tensor:
         """x [B, 3, S, S], normalised, padded at right and bottom -> embedding [B, 256, S/16, S/16] float32.
 
         true_sizes: for each image (h, w) in pixels of what is not padding, as Python integers, or an int64 tensor
-        [B, 2] for a graph whose shapes must not depend on them; None: no padding. keep_ratio: for this call only.
+        [B, 2] for a graph whose shapes must not depend on them. None: a routed model looks for whole rows and columns
+        of zeros, which is SAM's padding after normalisation; a graph (compiled, exported) takes all for real.
+        keep_ratio: for this call only. stages: a list that is extended by the stages of the routing.
         """
-        return self.encode(x, true_sizes=true_sizes, keep_ratio=keep_ratio)[0]
+        embedding, routing = self.encode(x, true_sizes=true_sizes, keep_ratio=keep_ratio)
+        if stages is not None:
+            stages.extend(routing.stages)
+        return embedding
 
     def encode(
         self,
@@ -121,7 +143,10 @@ class ImageEncoder(nn.Module):
         """
         self._check(x, true_sizes, routing)
         keep_ratio = self.keep_ratio if keep_ratio is None else _checked_ratio(keep_ratio)
-        if not isinstance(true_sizes, torch.Tensor | None):
+        if true_sizes is None:
+            graph = exporting() or torch.compiler.is_compiling() or x.is_meta  # without values to look at
+            true_sizes = unpadded_sizes(x) if self.predictors and keep_ratio < 1 and not graph else None
+        elif not isinstance(true_sizes, torch.Tensor | None):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 
         tokens = self.run_stage(self.stem(x), None)
@@ -139,9 +164,9 @@ class ImageEncoder(nn.Module):
         return self.neck(tokens.permute(0, 3, 1, 2)), Routing(tuple(stages))  # [B, H, W, C] -> [B, C, H, W]
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
-        """Patches and their positions: [B, 3, S, S] -> [B, H, W, C] float32."""
-        # contiguous, or every norm would copy; float32 from here, whatever the weights
-        return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)).contiguous() + self.pos_embed
+        """Patches and their positions: [B, 3, S, S] -> [B, H, W, C] in the type of the positions, float32 as a rule."""
+        # contiguous, or every norm would copy
+        return self.patch_embed(x.to(input_dtype(self.patch_embed))).contiguous() + self.pos_embed
 
     def run_stage(self, x: torch.Tensor, number: int | None, stage: Stage | None = None) -> torch.Tensor:
         """The layers of stage `number` (None: those before the first predictor): [B, H, W, C] -> the same.
@@ -160,8 +185,11 @@ class ImageEncoder(nn.Module):
 
     def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:
         size = self.img_size
-        if x.dim() != 4 or x.shape[1:] != (3, size, size):
-            raise ValueError(f"x must be [B, 3, {size}, {size}], is {list(x.shape)}")
+        stride = getattr(self.patch_embed.proj, "stride", (PATCH, PATCH))
+        # patch embedding and positions may have been replaced, as for another grid
+        height, width = (n * step for n, step in zip(self.pos_embed.shape[1:3], stride))
+        if x.dim() != 4 or x.shape[2:] != (height, width):
+            raise ValueError(f"x must be [B, 3, {height}, {width}], is {list(x.shape)}")
         if isinstance(true_sizes, torch.Tensor):  # its values are not looked at: they may be a graph's input
             if true_sizes.shape != (x.shape[0], 2) or true_sizes.dtype != torch.int64:
                 raise ValueError(
@@ -175,6 +203,13 @@ class ImageEncoder(nn.Module):
                     raise ValueError(f"true_sizes are (h, w) within 1 ... {size} pixels, one is {(h, w)}")
         if routing is not None and len(routing.stages) != len(self.predictors):
             raise ValueError(f"routing must have {len(self.predictors)} stages, has {len(routing.stages)}")
+
+
+def _keep_what_routing_adds(encoder: ImageEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: one that has nothing of what routing adds, as SAM's, gets it from the encoder."""
+    new = {prefix + key: value for key, value in encoder.state_dict().items() if NEW.match(key)}
+    if not new.keys() & state.keys():
+        state.update(new)
 
 
 def _checked_ratio(keep_ratio: float) -> float:

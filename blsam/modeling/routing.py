@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from . import windows as win
+from .layers import input_dtype
 
 TrueSizes = Sequence[tuple[int, int]] | torch.Tensor | None
 
@@ -42,6 +44,8 @@ class ImportancePredictor(nn.Module):
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
                 return self.forward(x)
+        if input_dtype(self) != torch.float32:  # the whole model was cast
+            return functional_call(self, {name: p.float() for name, p in self.named_parameters()}, (x,))
         return self.linear(self.norm(x.float())).softmax(dim=-1)[..., 1]
 
 

@@ -1,4 +1,7 @@
-"""`segment_anything`'s `Sam` with our image encoder; it differs only in telling the encoder what is padding."""
+"""`segment_anything`'s `Sam` with our image encoder; it differs only in telling the encoder what is padding.
+
+Another encoder may be put in its place, as in SAM: a compiled one of ours, or one of one's own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from segment_anything.modeling import Sam as _Sam
 
 from .image_encoder import ImageEncoder
-from .routing import Routing
+from .routing import Routing, Stage
 
 
 class Sam(_Sam):
@@ -21,11 +24,23 @@ class Sam(_Sam):
     ) -> tuple[torch.Tensor, Routing]:
         """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size`; keep_ratio for this call only.
 
-        -> embedding [B, 256, S/16, S/16], and the routing (empty for exact models).
+        -> embedding [B, 256, S/16, S/16], and the routing (without stages for exact models, for a compiled encoder and
+        for one of one's own, which is given the batch alone).
         """
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch = torch.stack([self.preprocess(image.squeeze(0) if image.dim() == 4 else image) for image in images])
-        return self.image_encoder.encode(batch, true_sizes=sizes, keep_ratio=keep_ratio)
+        encoder: Any = self.image_encoder  # called as a module, so that hooks and compiled forms of it are used
+        ours = getattr(encoder, "_orig_mod", encoder)  # of torch.compile(encoder)
+        if not isinstance(ours, ImageEncoder) or "forward" in vars(ours):
+            if keep_ratio is not None:
+                raise ValueError(f"keep_ratio means nothing to an image encoder of type {type(ours).__name__}")
+            return encoder(batch), Routing()
+        if encoder is not ours or ours._compiled_call_impl is not None:
+            # sizes as a tensor are no reason to compile again; a list of stages would break the graph
+            extents = torch.tensor(sizes, device=batch.device) if ours.config.routed else None
+            return encoder(batch, extents, keep_ratio), Routing()
+        stages: list[Stage] = []
+        return encoder(batch, sizes, keep_ratio, stages), Routing(tuple(stages))
 
     @torch.no_grad()
     def forward(self, batched_input: list[dict[str, Any]], multimask_output: bool) -> list[dict[str, torch.Tensor]]:

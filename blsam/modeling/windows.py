@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ class Region:
         """A view, window by window: [B, H, W, ...] -> [down, across, B, h, w, ...]."""
         part = grid[:, self.rows, self.cols].unflatten(2, (-1, self.shape[1])).unflatten(1, (-1, self.shape[0]))
         return part.permute(1, 3, 0, 2, 4, *range(5, part.dim()))  # [B, down, h, across, w, ...] -> ...
+
+    def filled(self, size: tuple[int, int]) -> Region:
+        """The same windows with their padding, (h, w) tokens each, on a grid that holds it."""
+        rows, cols = (slice(s.start, s.start + n * k) for s, n, k in zip((self.rows, self.cols), self.count, size))
+        return replace(self, rows=rows, cols=cols, shape=size)
 
 
 def regions(height: int, width: int, window: int) -> list[Region]:
@@ -91,6 +96,19 @@ def _spans(length: int, window: int) -> list[tuple[slice, int]]:
     whole = length // window * window
     spans = [(slice(0, whole), window), (slice(whole, length), length - whole)]
     return [(span, size) for span, size in spans if span.stop > span.start]
+
+
+def unpadded_sizes(x: torch.Tensor) -> list[tuple[int, int]]:
+    """(h, w) in pixels of what is left of each image [B, C, S, S] without the rows and columns of zeros at its end.
+
+    SAM pads with zeros after normalisation, which no photo of integers has. An image of zeros counts as a whole one.
+    """
+    something = (x.detach() != 0).any(1)  # [B, S, S]
+    sizes = []
+    for along, length in ((2, x.shape[2]), (1, x.shape[3])):
+        places = torch.arange(1, length + 1, device=x.device)
+        sizes.append((something.any(along) * places).amax(1).tolist())
+    return [(h, w) if h else (x.shape[2], x.shape[3]) for h, w in zip(*sizes)]
 
 
 def real_counts(height: int, width: int, window: int, true_size: tuple[int, int]) -> list[int]:

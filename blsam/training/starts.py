@@ -35,13 +35,13 @@ def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor, stride:
     rows = x.flatten(0, 2)[::stride].cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
     target = wide(x)[::stride].cpu().double()
-    chosen = list(range(wide.heads))
-    if narrow.heads < wide.heads:
+    chosen = list(range(wide.num_heads))
+    if narrow.num_heads < wide.num_heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
         seen = [_gathered(wide, h, x)[::stride].cpu().double() @ main for h in chosen]
-        chosen = _choose(seen, target - target.mean(0), narrow.heads)
+        chosen = _choose(seen, target - target.mean(0), narrow.num_heads)
     _cut_logits(narrow, wide, chosen, mean, moment)
-    seen = [_gathered(narrow, e, x)[::stride].cpu().double() for e in range(narrow.heads)]
+    seen = [_gathered(narrow, e, x)[::stride].cpu().double() for e in range(narrow.num_heads)]
     _fit_values(narrow, wide, chosen, seen, target)
 
 
@@ -50,14 +50,14 @@ def _gathered(attention: Attention, head: int, x: torch.Tensor) -> torch.Tensor:
 
     By the attention itself, every head made this one, the values a piece of the tokens each.
     """
-    d, dim = attention.inner // attention.heads, x.shape[-1]
+    d, dim = attention.inner // attention.num_heads, x.shape[-1]
     heads = -(-dim // d)
     probe = copy.deepcopy(attention)
-    probe.heads, probe.inner = heads, heads * d
+    probe.num_heads, probe.inner = heads, heads * d
     probe.qkv = torch.nn.Linear(dim, 3 * heads * d, device=x.device)
     probe.proj = torch.nn.Linear(heads * d, dim, device=x.device)
-    weight = attention.qkv.weight.view(3, attention.heads, d, dim)[:2, head]
-    bias = attention.qkv.bias.view(3, attention.heads, d)[:2, head]
+    weight = attention.qkv.weight.view(3, attention.num_heads, d, dim)[:2, head]
+    bias = attention.qkv.bias.view(3, attention.num_heads, d)[:2, head]
     pieces = torch.eye(heads * d, dim, device=x.device)
     probe.qkv.weight.copy_(torch.cat([weight.repeat(1, heads, 1).flatten(0, 1), pieces]))
     probe.qkv.bias.copy_(torch.cat([bias.repeat(1, heads).flatten(), pieces.new_zeros(heads * d)]))
@@ -87,9 +87,9 @@ def _cut_logits(
     narrow: Attention, wide: Attention, chosen: list[int], mean: torch.Tensor, moment: torch.Tensor
 ) -> None:
     """Queries, keys and position tables of the narrow heads from those of the chosen wide ones."""
-    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
-    wq, wk = wide.qkv.weight.cpu().double().view(3, wide.heads, d, dim)[:2, chosen]
-    bq, bk = wide.qkv.bias.cpu().double().view(3, wide.heads, d)[:2, chosen]
+    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.num_heads, narrow.inner // narrow.num_heads
+    wq, wk = wide.qkv.weight.cpu().double().view(3, wide.num_heads, d, dim)[:2, chosen]
+    bq, bk = wide.qkv.bias.cpu().double().view(3, wide.num_heads, d)[:2, chosen]
     tables = [table.cpu().double() for table in (wide.rel_pos_h, wide.rel_pos_w)]
 
     # second moments: of q about zero; of keys about their mean, which no softmax sees
@@ -106,7 +106,7 @@ def _cut_logits(
     back = torch.linalg.pinv(p.T @ of_q @ p, hermitian=True) @ p.T @ of_q
     keys = back * (d_e / d) ** 0.5
 
-    weight, bias = wq.new_zeros(2, narrow.heads, d_e, dim), bq.new_zeros(2, narrow.heads, d_e)
+    weight, bias = wq.new_zeros(2, narrow.num_heads, d_e, dim), bq.new_zeros(2, narrow.num_heads, d_e)
     weight[0, :, :r], bias[0, :, :r] = p.T @ wq, bq @ p
     weight[1, :, :r], bias[1, :, :r] = keys @ wk, (keys @ bk[..., None])[..., 0]
     narrow.qkv.weight[: 2 * narrow.inner].copy_(weight.flatten(0, 2))
@@ -123,9 +123,9 @@ def _fit_values(
 
     What is added in a sweep is a ridge regression, since the tokens that a head gathers vary little within a photo.
     """
-    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.heads, narrow.inner // narrow.heads
-    values = wide.qkv.weight.cpu().double().view(3, wide.heads, d, dim)[2, chosen]
-    out = wide.proj.weight.cpu().double().view(dim, wide.heads, d).transpose(0, 1)[chosen]
+    dim, d, d_e = wide.qkv.in_features, wide.inner // wide.num_heads, narrow.inner // narrow.num_heads
+    values = wide.qkv.weight.cpu().double().view(3, wide.num_heads, d, dim)[2, chosen]
+    out = wide.proj.weight.cpu().double().view(dim, wide.num_heads, d).transpose(0, 1)[chosen]
     means, left = [f.mean(0) for f in seen], target - target.mean(0)
     seen = [f - mean for f, mean in zip(seen, means)]
     grams = [f.T @ f / len(f) for f in seen]

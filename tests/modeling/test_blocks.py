@@ -60,7 +60,8 @@ class PlainAttention(torch.nn.Module):
         if queries is not None:  # the same number in every image
             places = (queries.tokens % x.shape[1]).view(b, 1, -1, 1).expand(-1, self.heads, -1, q.shape[-1])
             q = q.gather(2, places)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).flatten(0, 1)
+        y = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return y if queries is None else y.flatten(0, 1)
 
 
 @torch.no_grad()
