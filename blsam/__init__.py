@@ -51,6 +51,7 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        import_module(".upstream", __name__).check()
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):  # blsam.modeling, as after an import of it
         return import_module(f".{name}", __name__)

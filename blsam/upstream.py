@@ -5,6 +5,7 @@ Several works are published as a package of that name with another interface (HQ
 
 from __future__ import annotations
 
+import functools
 import inspect
 from importlib import import_module
 from typing import Any
@@ -24,6 +25,7 @@ EXPECTED = {
 CURE = "install segment-anything in this environment (pip install segment-anything), and the other in one of its own"
 
 
+@functools.cache
 def check() -> None:
     """ImportError, in one line, unless `segment_anything` is there and has the interface that we know."""
     for name, expected in EXPECTED.items():

@@ -1,8 +1,11 @@
 """Everything in a photo, beside segment_anything's generator."""
 
+import numpy as np
 import pytest
 import segment_anything as sa
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from blsam.options import shipped_checkpoint
@@ -25,6 +28,36 @@ def test_everything_equals_segment_anything_s_generator(crops):
     assert (
         SamAutomaticMaskGenerator(small, points_per_side=2, pred_iou_thresh=0.999).generate(PHOTOS["portrait"]) == []
     )
+
+
+@pytest.mark.parametrize("crops", [0, 1])
+@pytest.mark.parametrize("output_mode", ["binary_mask", "coco_rle", "uncompressed_rle"])
+def test_nothing_found_is_an_empty_list(crops, output_mode):
+    small = sam_model_registry["vit_t"](image_size=64)
+    options = dict(crop_n_layers=crops, output_mode=output_mode, min_mask_region_area=10)
+    assert SamAutomaticMaskGenerator(small, 2, pred_iou_thresh=2.0, **options).generate(PHOTOS["portrait"]) == []
+
+
+def test_no_float64_reaches_the_device():
+    """Points are float64, as in SAM, and stay on the CPU: Apple's devices have no such type."""
+
+    class Doubles(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            if str(function) in ("aten.lift_fresh.default", "aten._to_copy.default"):  # numpy's, on their way
+                return out
+            for tensor in (t for t in pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)):
+                if tensor.dtype == torch.float64 and tensor.dim() and tensor.shape[-1:] != (2,):
+                    seen.add((str(function), tuple(tensor.shape)))
+            return out
+
+    seen, small = set(), sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=128)
+    generator = SamAutomaticMaskGenerator(small, 3, pred_iou_thresh=0, stability_score_thresh=0, crop_n_layers=1)
+    with Doubles():
+        records = generator.generate(PHOTOS["landscape"])
+        generator.predictor.set_image(PHOTOS["landscape"])
+        generator.predictor.predict(np.array([[9.5, 9.5]]), np.array([1]), np.array([1.0, 1, 90, 90]))
+    assert records and not seen, seen
 
 
 def test_the_generator_makes_its_tensors_where_the_model_is(monkeypatch):

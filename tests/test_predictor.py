@@ -234,7 +234,7 @@ def test_hooks_of_the_encoder_are_called(small):
 
 
 def test_threads_never_mix_two_photos(small):
-    """Two threads set photos of different sizes, others predict: each answer is one of the two, or says that none is set."""
+    """One thread changes the photo while others predict: each answer belongs to one of both, or says that none is set."""
     predictor, box = SamPredictor(small), np.array([20, 20, 250, 250])
     photos = [PHOTOS["landscape"][:, :400], PHOTOS["portrait"][:200]]
     expected = []
