@@ -29,7 +29,7 @@ def build_sam(
 
     Args:
         config: a row of `CONFIGS`, or one of your own.
-        checkpoint: `.pth`, `.pt` or `.safetensors`, ours or SAM's; None: random weights, as in SAM.
+        checkpoint: a file of torch's or safetensors, ours or SAM's; None: random weights, as in SAM.
         image_size: side of the square input in pixels, a multiple of 16. None: that of the checkpoint, 1024 without.
             Positions are resampled when it differs from the checkpoint's.
         keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it).
@@ -44,7 +44,7 @@ def build_sam(
     compute = resolve_dtype(dtype, device)
     state = None
     if checkpoint is not None:
-        state, _ = ckpt.read(checkpoint)
+        state, _ = ckpt.read(checkpoint, config)
         ckpt.check_fits(state, config, str(checkpoint))
     if image_size is None:
         image_size = 1024 if state is None else ckpt.image_size_of(state)

@@ -1,72 +1,64 @@
 """Checkpoints: read safely, check against the model by name, resample to its image size, write whole.
 
-Three kinds load: SAM's own (`.pth`), which also warm-starts a `blsam_*` model; ours, which holds every key of the
-model; and either of them for another image size. Nothing that a file contains is ever executed.
+Three kinds load: SAM's own, which also warm-starts a `blsam_*` model; ours, which holds every key of the model; and
+either of them for another image size. What files there are is in `checkpoint_files`, what is around the weights and
+before their keys in `checkpoint_layouts`.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .checkpoint_files import CheckpointError, read_content
+from .checkpoint_layouts import State, describe, find_state
 from .config import CONFIGS, EncoderConfig
 from .files import write_atomically
 from .modeling.attention import resampled
 from .modeling.image_encoder import NEW as ENCODER_NEW
 from .modeling.windows import PATCH
 
-State = dict[str, torch.Tensor]
-SUFFIXES = (".safetensors", ".pth", ".pt")
+SUFFIXES = (".safetensors", ".pth", ".pt")  # that are written
 # The keys that SAM does not have; all others keep SAM's names.
 NEW = re.compile(r"image_encoder\." + ENCODER_NEW.pattern)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what would help."""
+def read(path: str | Path, config: EncoderConfig | None = None) -> tuple[State, dict[str, str]]:
+    """The state dict in a file, on the CPU, under SAM's key names, and the metadata of safetensors (else empty).
 
-
-def read(path: str | Path) -> tuple[State, dict[str, str]]:
-    """The tensors of a file, on the CPU, and its metadata (empty for `.pth` and `.pt`).
+    Whatever the suffix, and whatever is around it or before its keys (`checkpoint_layouts`). config: which model is
+    wanted, where a file holds several.
 
     FileNotFoundError if there is no such file, CheckpointError if it is not a plain checkpoint.
     """
     path = checked_path(path)
-    if path.suffix.lower() == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged or not a safetensors file ({error})") from None
+    content, metadata = read_content(path)
+    return find_state(content, str(path), partial(_fits, config) if config else None), metadata
+
+
+def _fits(config: EncoderConfig, state: State) -> bool:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} holds more than tensors and was not opened, for safety ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    for wrapper in ("model", "state_dict"):  # as training frameworks write it
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, torch.Tensor) for v in content.values()):
-        raise CheckpointError(f"{path} is not a state dict of tensors")
-    return content, {}
+        check_fits(state, config, "")
+    except CheckpointError:
+        return False
+    return True
 
 
 def checked_path(path: str | Path) -> Path:
-    """The path of a checkpoint that exists and has a known suffix."""
+    """The path of a checkpoint that exists; what it is, its content says."""
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
-        raise CheckpointError(f"{path}: a checkpoint ends in {', '.join(SUFFIXES)}")
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in (*SUFFIXES, ".bin", ".ckpt"))
+        hint = f", such as {inside[0]}" if inside else ""
+        raise CheckpointError(f"{path} is a folder; give the checkpoint in it{hint}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     return path
@@ -79,10 +71,17 @@ def image_size_of(state: State) -> int:
 
 def check_fits(state: State, config: EncoderConfig, source: str) -> None:
     """CheckpointError unless the state is a SAM checkpoint with the width and depth of `config`."""
-    patch, pos = "image_encoder.patch_embed.proj.weight", "image_encoder.pos_embed"
-    if any(key not in state or state[key].dim() != 4 for key in (patch, pos)):
-        raise CheckpointError(f"{source} is not a SAM checkpoint: it lacks a proper {patch} or {pos}")
-    dim = state[patch].shape[0]
+    patch, pos = state.get("image_encoder.patch_embed.proj.weight"), state.get("image_encoder.pos_embed")
+    if patch is None or pos is None or patch.dim() != 4 or pos.dim() != 4 or not pos.shape[1] == pos.shape[2] > 0:
+        raise CheckpointError(
+            f"{source} is not a SAM checkpoint: it lacks a proper image_encoder.patch_embed.proj.weight or "
+            f"image_encoder.pos_embed; {describe(state)}"
+        )
+    if not any(key.startswith(("prompt_encoder.", "mask_decoder.")) for key in state):
+        raise CheckpointError(
+            f"{source} holds SAM's image encoder alone; give a checkpoint with prompt encoder and mask decoder"
+        )
+    dim = patch.shape[0]
     depth = 1 + max(
         (int(m[1]) for m in map(re.compile(r"image_encoder\.blocks\.(\d+)\.").match, state) if m), default=0
     )
@@ -93,7 +92,8 @@ def check_fits(state: State, config: EncoderConfig, source: str) -> None:
 
 
 def load(model: nn.Module, config: EncoderConfig, state: State, source: str = "the checkpoint") -> list[str]:
-    """Copy a state into a `Sam`, resampled to its image size; returns the new keys that a warm start left as they were.
+    """Copy a state into a `Sam`, resampled to its image size and cast to its dtype; returns the new keys that a warm
+    start left as they were.
 
     CheckpointError names what is missing, unexpected or of another shape. Nothing is copied then.
     """
@@ -117,6 +117,10 @@ def load(model: nn.Module, config: EncoderConfig, state: State, source: str = "t
     if odd:
         shapes = f"{list(state[odd[0]].shape)}, the model's is {list(own[odd[0]].shape)}"
         raise CheckpointError(f"{source}: {_names(odd)} has another shape than in {config.name}: {shapes}")
+    whole = [k for k in state if own[k].is_floating_point() and not state[k].is_floating_point()]
+    if whole:
+        kind = str(state[whole[0]].dtype).removeprefix("torch.")
+        raise CheckpointError(f"{source}: {_names(whole)} holds {kind}, as quantised models do; give one of floats")
     model.load_state_dict(state, strict=False)
     return missing
 

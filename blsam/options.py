@@ -171,7 +171,7 @@ def find_checkpoint(model: str, given: Path | None) -> Path:
         raise UsageError(
             f"no weights ship for {model}; give --checkpoint (SAM's weights fit, see checkpoints/README.md)"
         )
-    if not path.is_file():
+    if not path.exists():  # what it is, reading it says
         raise FileNotFoundError(f"no checkpoint at {path}")
     return path
 

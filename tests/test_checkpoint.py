@@ -54,7 +54,15 @@ def test_what_does_not_fit_is_refused_by_name():
         {k: v for k, v in state.items() if ".e_block." not in k}, message="but lacks image_encoder.blocks.1.e_block"
     )
     refused(state, TINY_EXACT, message="made for a blsam")
-    refused({"a": torch.zeros(1)}, message="not a SAM checkpoint")
+    refused({"a": torch.zeros(1)}, message="not a SAM checkpoint.*its keys begin with a")
+    refused({**state, key: state[key].to(torch.int8)}, message=f"{key} holds int8, as quantised models do")
+    refused({**state, "image_encoder.pos_embed": torch.zeros(1, 10, 12, 64)}, message="not a SAM checkpoint")
+    encoder = {k: v for k, v in state.items() if k.startswith("image_encoder.")}
+    refused(encoder, message="holds SAM's image encoder alone; give a checkpoint with prompt encoder")
+    bare = {k.removeprefix("image_encoder."): v for k, v in encoder.items()}
+    refused(bare, message="not a SAM checkpoint.*it seems to be an image encoder alone")
+    decoder = {k: v for k, v in state.items() if k.startswith("mask_decoder.")}
+    refused(decoder, message="it seems to be prompt encoder and mask decoder alone")
     refused(state, replace(TINY_EXACT, depth=5), message="fits no model")
 
 
@@ -91,11 +99,25 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
     assert not target.exists()
 
 
-def test_missing_file_and_unknown_suffix(tmp_path):
+def test_what_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         ckpt.read(tmp_path / "none.pth")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        ckpt.CheckpointError, match="is a folder; give the checkpoint in it, such as model.safetensors"
+    ):
+        ckpt.read(tmp_path)
     with pytest.raises(ckpt.CheckpointError, match="ends in"):
-        ckpt.read(tmp_path / "model.onnx")
+        ckpt.save(tmp_path / "model.onnx", {}, {})
+
+
+@pytest.mark.parametrize(("dtype", "suffix"), [(torch.float16, ".pth"), (torch.bfloat16, ".safetensors")], ids=str)
+def test_other_dtypes_are_cast_to_the_models(tmp_path, dtype, suffix):
+    sam, path = make(), tmp_path / f"half{suffix}"
+    ckpt.save(path, sam.state_dict(), {}, dtype)
+    for key, value in build_sam(TINY, path).state_dict().items():
+        expected = sam.state_dict()[key].to(dtype).float()
+        assert value.dtype == torch.float32 and torch.equal(value, expected), key
 
 
 def test_another_image_size_resamples_positions_only():

@@ -30,8 +30,10 @@ def load_teacher(name: str, checkpoint: str | Path, image_size: int) -> tuple[nn
         state, _ = ckpt.read(checkpoint)
         encoder = _mobile_sam_encoder(image_size)
         own = {key.removeprefix("image_encoder."): v for key, v in state.items() if key.startswith("image_encoder.")}
-        if set(own) != set(encoder.state_dict()):
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in encoder.state_dict().items()}:
             raise ckpt.CheckpointError(f"{checkpoint} is not a MobileSAM checkpoint (its encoder is not TinyViT-5M)")
+        if not all(any(key.startswith(part) for key in state) for part in DECODER_PARTS):
+            raise ckpt.CheckpointError(f"{checkpoint} holds an encoder alone; give the whole MobileSAM")
         encoder.load_state_dict(own)
     else:
         sam = sam_model_registry[name](checkpoint, image_size=image_size)
