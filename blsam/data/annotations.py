@@ -1,6 +1,7 @@
 """COCO and LVIS annotations: photos, the objects on them, and what had to be left out.
 
-One pass over the json; `pycocotools` and `lvis` index it, and score against the same, cleaned, copy. LVIS v1 names its
+One pass over the json; `pycocotools` and `lvis` index it, and score against the same, cleaned, copy: what neither can
+read is counted by reason (`masks`, `fields`), and ids that they cannot work with are renumbered. LVIS v1 names its
 images by `coco_url` alone and keeps them in train2017 and val2017; v0.5 has a `file_name` of 2014 besides.
 """
 
@@ -8,33 +9,43 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
+
+from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, size_of
+from .fields import find_image as find_image
+from .masks import BadMask, checked_mask
+from .masks import encode_mask as encode_mask
+from .masks import to_rle as to_rle
 
 KINDS = ("coco", "lvis")
 
 
 @dataclass(frozen=True)
 class Photo:
-    """An annotated image: its id, where it lies, and the size in pixels that its annotations refer to."""
+    """An annotated image: its id to the scorers, where it lies, the size in pixels that its annotations refer to, and
+    the id that the file gives it.
+    """
 
     id: int
     path: Path
     height: int
     width: int
+    source_id: Id | None = None
 
 
 @dataclass(frozen=True)
 class Target:
     """An annotated object: mask as compressed RLE {size [h, w], counts bytes}, box x1 y1 x2 y2, the area that the
-    annotation states, in pixels (of the polygon: not quite the mask's).
+    annotation states, in pixels (of the polygon: not quite the mask's). The ids are those to the scorers, `source_id`
+    the file's.
     """
 
     id: int
@@ -42,6 +53,7 @@ class Target:
     box: tuple[float, float, float, float]
     area: float
     rle: dict[str, Any]
+    source_id: Id | None = None
 
     @property
     def mask(self) -> np.ndarray:
@@ -54,13 +66,14 @@ class Annotations:
 
     Args:
         path: json in COCO's or LVIS's format.
-        images: folder; an image lies at images/<split of coco_url>/<name> or images/<name>.
+        images: folder; an image lies at images/<split of coco_url>/<name>, images/<name> or images/<file_name>.
         kind: "coco" or "lvis" (which needs the package `lvis`).
         limit: only the first photos by id.
         skip_missing: leave out photos that are not in the folder instead of refusing to go on.
 
-    Attributes: `photos`; `api`, the `COCO` or `LVIS` object over these photos alone; `left_out`, how many annotations
-    or photos were left out while reading, by reason. FileNotFoundError, ValueError or ImportError in one line.
+    Attributes: `photos`; `api`, the `COCO` or `LVIS` object over these photos alone, by the scorers' ids; `images`,
+    `categories`, what the file's ids are to the scorers; `left_out`, how many annotations or photos were left out
+    while reading, by reason. FileNotFoundError, ValueError or ImportError in one line.
     """
 
     def __init__(
@@ -73,13 +86,15 @@ class Annotations:
         images = Path(images)
         if not images.is_dir():
             raise FileNotFoundError(f"no folder {images}")
-        dataset = _read_json(Path(path))
+        dataset = _read(Path(path))
+        self.path, self.kind = Path(path), kind
         self.left_out: Counter[str] = Counter()
+        self.images = _number(dataset["images"], "images", path)
+        self.categories = _number(dataset["categories"], "categories", path)
 
-        known = {record["id"] for record in dataset["images"]}
         records = sorted(dataset["images"], key=lambda record: record["id"])[:limit]
         files = [find_image(images, record) for record in records]
-        missing = [_name(record) for record, file in zip(records, files) if file is None]
+        missing = [name_of(record) for record, file in zip(records, files) if file is None]
         if len(missing) == len(records):
             raise FileNotFoundError(f"none of the {len(records)} images of {path} is in {images}")
         if missing and not skip_missing:
@@ -88,34 +103,60 @@ class Annotations:
                 "--skip-missing evaluates the others"
             )
         self.left_out["images not found"] += len(missing)
-        self.photos = [Photo(r["id"], file, r["height"], r["width"]) for r, file in zip(records, files) if file]
-        kept = {photo.id for photo in self.photos}
-        dataset["images"] = [record for record in records if record["id"] in kept]
-        dataset["annotations"] = self._clean(dataset["annotations"], kept, known)
-        self.kind, self.api = kind, _index(dataset, kind)
+        self.photos = [self._photo(record, file) for record, file in zip(records, files) if file]
+        sizes = {photo.id: (photo.height, photo.width) for photo in self.photos}
+        dataset["images"] = [record for record in records if record["id"] in sizes]
+        dataset["annotations"] = self._clean(dataset["annotations"], sizes)
+        self.api = _index(dataset, kind, self.categories)
         self._of_image = self.api.imgToAnns if kind == "coco" else self.api.img_ann_map
 
-    def _clean(self, annotations: list[dict], kept: set[int], known: set[int]) -> list[dict]:
-        """Those on the photos kept, without polygons of fewer than three corners, on which pycocotools stumbles."""
-        clean = []
+    def _photo(self, record: dict, file: Path) -> Photo:
+        """With the size that the record states, or of the file where it states none that can be."""
+        record["height"], record["width"] = size_of(record) or _size_of_file(file)
+        return Photo(record["id"], file, record["height"], record["width"], self.images.source[record["id"]])
+
+    def _clean(self, annotations: list, sizes: dict[int, tuple[int, int]]) -> list[dict]:
+        """Those on the photos kept that can be used, their fields as the scorers need them; the others are counted."""
+        clean, faults = [], 0
         for annotation in annotations:
-            if annotation["image_id"] not in kept:
-                self.left_out["annotations without an image"] += annotation["image_id"] not in known
-                continue
-            if isinstance(annotation["segmentation"], list):
-                polygons = [polygon for polygon in annotation["segmentation"] if len(polygon) >= 6]
-                if not polygons:
-                    self.left_out["no polygon of three corners"] += 1
-                    continue
-                annotation["segmentation"] = polygons
-            annotation.setdefault("iscrowd", 0)  # LVIS has no such key, COCO's scorer needs it
-            clean.append(annotation)
-        ids = {annotation["id"] for annotation in clean}
-        if len(ids) < len(clean):
-            raise ValueError("two annotations share an id")
-        if ids and min(ids) < 1:
-            raise ValueError("ids of annotations must be 1 or more: the official scorers take 0 for no match")
+            try:
+                if (one := self._cleaned(annotation, sizes)) is not None:
+                    clean.append(one)
+            except BadMask as reason:
+                self.left_out[str(reason)] += 1
+                faults += 1
+        if faults and not clean:
+            reasons = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items() if n)
+            raise ValueError(f"{self.path}: no annotation can be used: {reasons}")
+        ids = _numbering([annotation.get("id") for annotation in clean], "annotations", self.path, 1)
+        for annotation, number in zip(clean, ids.numbers):
+            annotation["id"] = number
+        self._source = ids.source
         return clean
+
+    def _cleaned(self, annotation: Any, sizes: dict[int, tuple[int, int]]) -> dict | None:
+        """One annotation; None if its photo is left out, BadMask with the reason if it cannot be used itself."""
+        if not isinstance(annotation, dict):
+            raise BadMask("annotations that are no json objects")
+        image = self.images.find(annotation.get("image_id"))
+        if image is None:
+            raise BadMask("annotations without an image")
+        if image not in sizes:
+            return None
+        category = self.categories.find(annotation.get("category_id"))
+        if category is None:
+            raise BadMask("annotations of unknown categories")
+        mask = checked_mask(annotation.get("segmentation"), *sizes[image])
+        box, area = annotation.get("bbox"), finite(annotation.get("area"))
+        if box is None or area is None or area < 0:  # then they are the mask's
+            rle = to_rle(mask, *sizes[image])
+            box = [float(v) for v in rle_tools.toBbox(rle)] if box is None else box
+            area = float(rle_tools.area(rle)) if area is None or area < 0 else area
+        if (sides := box_of(box)) is None:
+            raise BadMask("box of other than four numbers")
+        fields = {"image_id": image, "category_id": category, "segmentation": mask, "bbox": list(sides), "area": area}
+        annotation.update(fields, iscrowd=int(is_crowd(annotation.get("iscrowd"))))  # LVIS has no such key
+        return annotation
 
     def targets(self, photo: Photo, *, crowd: bool, min_area: float = 0) -> tuple[list[Target], Counter[str]]:
         """The objects of a photo that can be prompted for, in the file's order, and how many cannot, by reason."""
@@ -124,102 +165,66 @@ class Annotations:
         for annotation in self._of_image.get(photo.id, ()):
             x, y, w, h = annotation["bbox"]
             rle = to_rle(annotation["segmentation"], photo.height, photo.width)
-            if rle["size"] != [photo.height, photo.width]:
-                raise ValueError(
-                    f"the mask of annotation {annotation['id']} has the size {rle['size']}, its image not"
-                )
             if annotation["iscrowd"] and not crowd:
                 left_out["crowd"] += 1
             elif w <= 0 or h <= 0:
                 left_out["box without area"] += 1
+            elif x >= photo.width or y >= photo.height or x + w <= 0 or y + h <= 0:
+                left_out["box outside its image"] += 1
             elif annotation["area"] < min_area:
                 left_out[f"area below {min_area:g}"] += 1
             elif not rle_tools.area(rle):  # a thin polygon may cover no pixel
                 left_out["empty mask"] += 1
             else:
                 box = (float(x), float(y), float(x + w), float(y + h))
-                category, area = annotation["category_id"], float(annotation["area"])
-                targets.append(Target(annotation["id"], category, box, area, rle))
+                number, category, area = annotation["id"], annotation["category_id"], float(annotation["area"])
+                targets.append(Target(number, category, box, area, rle, self._source[number]))
         return targets, left_out
 
 
-def to_rle(segmentation: list | dict, height: int, width: int) -> dict[str, Any]:
-    """Polygons, plain or compressed RLE -> compressed RLE {size, counts bytes}."""
-    if isinstance(segmentation, list):
-        return rle_tools.merge(rle_tools.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return rle_tools.frPyObjects(segmentation, height, width)
-    counts = segmentation["counts"]
-    return {"size": list(segmentation["size"]), "counts": counts.encode() if isinstance(counts, str) else counts}
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """bool [H, W] -> compressed RLE as json holds it: {size [h, w], counts str}."""
-    rle = rle_tools.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": [int(n) for n in rle["size"]], "counts": rle["counts"].decode()}
-
-
-def find_image(folder: Path, record: dict) -> Path | None:
-    """folder/<split of coco_url>/<name>, else folder/<name>; None if neither is there."""
-    parts = PurePosixPath(_name(record)).parts
-    for candidate in (folder.joinpath(*parts), folder / parts[-1]):
-        if candidate.is_file():
-            return candidate
-    return None
-
-
-def _name(record: dict) -> str:
-    """<split>/<name> of the coco_url, or the file_name where there is none."""
-    url = record.get("coco_url")
-    return "/".join(PurePosixPath(url).parts[-2:]) if url else record["file_name"]
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"no annotations at {path}")
-    try:
-        dataset = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not json ({error})") from None
+def _read(path: Path) -> dict[str, Any]:
+    """The json, with its three lists; images and categories are objects, images have names."""
+    dataset = read_json(path)
     wanted = ("images", "annotations", "categories")
     if not isinstance(dataset, dict) or not all(isinstance(dataset.get(key), list) for key in wanted):
         raise ValueError(f"{path} is not in COCO's format: it needs the lists {', '.join(wanted)}")
-    keys: dict[str, dict[str, Any]] = {
-        "images": {"id": int, "height": int, "width": int},
-        "annotations": {"id": int, "image_id": int, "category_id": int, "area": (int, float)},
-        "categories": {"id": int},
-    }
-    for name, needed in keys.items():
-        for record in dataset[name]:
-            wrong = [key for key, kind in needed.items() if not isinstance(record.get(key), kind)]
-            if wrong:
-                raise ValueError(f"{path}: one of its {name} has no number as {', '.join(wrong)}")
-    for annotation in dataset["annotations"]:
-        if not _is_box(annotation.get("bbox")) or not _is_segmentation(annotation.get("segmentation")):
-            raise ValueError(
-                f"{path}: annotation {annotation['id']} needs a bbox [x, y, w, h] and a segmentation: "
-                "polygons [[x1, y1, ...], ...] or RLE {size, counts}"
-            )
     if not dataset["images"] or not dataset["categories"]:
         raise ValueError(f"{path} has no images or no categories")
-    if len({record["id"] for record in dataset["images"]}) < len(dataset["images"]):
-        raise ValueError(f"{path}: two images share an id")
-    if not all(record.get("coco_url") or record.get("file_name") for record in dataset["images"]):
-        raise ValueError(f"{path}: one of its images has neither coco_url nor file_name")
+    for name in ("images", "categories"):
+        for record in dataset[name]:
+            if not isinstance(record, dict) or key_of(record.get("id")) is None:
+                raise ValueError(f"{path}: one of its {name} has no id: {str(record)[:80]}")
+    for record in dataset["images"]:
+        if not name_of(record):
+            raise ValueError(f"{path}: one of its images has neither coco_url nor file_name: {str(record)[:80]}")
     return dataset
 
 
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(isinstance(v, int | float) for v in value)
+def _number(records: list[dict], what: str, path: str | Path) -> Numbering:
+    """Give records the ids that the scorers need."""
+    numbering = _numbering([record["id"] for record in records], what, path, 0)
+    for record, number in zip(records, numbering.numbers):
+        record["id"] = number
+    return numbering
 
 
-def _is_segmentation(value: Any) -> bool:
-    if isinstance(value, dict):
-        return len(value.get("size", ())) == 2 and isinstance(value.get("counts"), list | str)
-    return isinstance(value, list) and all(isinstance(polygon, list) for polygon in value)
+def _numbering(ids: list, what: str, path: str | Path, lowest: int) -> Numbering:
+    try:
+        return Numbering(ids, what, lowest)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def _index(dataset: dict, kind: str) -> Any:
+def _size_of_file(path: Path) -> tuple[int, int]:
+    """height, width of a photo as stored, from its header."""
+    try:
+        with Image.open(path) as file:
+            return file.height, file.width
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is damaged or not an image ({str(error).splitlines()[0]})") from None
+
+
+def _index(dataset: dict, kind: str, categories: Numbering) -> Any:
     """The `COCO` or `LVIS` object of a dataset that is read already."""
     if kind == "coco":
         api = COCO()
@@ -235,6 +240,12 @@ def _index(dataset: dict, kind: str) -> Any:
     for name, keys in needed.items():
         if not all(key in record for record in dataset[name] for key in keys):
             raise ValueError(f"these annotations are not LVIS's: their {name} have no {' or no '.join(keys)}")
+    for record in dataset["images"]:
+        for key in needed["images"]:
+            found = map(categories.find, record[key] if isinstance(record[key], list) else ())
+            record[key] = [number for number in found if number is not None]
+    if not all(record["frequency"] in ("r", "c", "f") for record in dataset["categories"]):
+        raise ValueError("these annotations are not LVIS's: the frequency of a category is r, c or f")
 
     class Loaded(LVIS):
         def _load_json(self, loaded: dict) -> dict:

@@ -5,22 +5,26 @@ Every photo has an `id` and `read()`, whatever it lies in.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
+from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
 from ..images import read_image
 from .annotations import Annotations
+from .fields import finite, parse_json
+from .masks import BadMask, checked_mask, to_rle
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")
 Content = tuple[np.ndarray, list[dict[str, Any]]]  # uint8 [h, w, 3] RGB; annotations with segmentation (RLE) and area
 
 
@@ -32,7 +36,7 @@ class TrainingPhoto(Protocol):
         """Another one for every photo."""
 
     def read(self) -> Content:
-        """Pixels and annotations; raises whatever a damaged file makes PIL, json or the file system raise."""
+        """Pixels and annotations; ValueError or OSError if a file is damaged or not to be read."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,22 @@ class AnnotatedPhoto:
 
 
 def parse(image: bytes, text: bytes) -> Content:
-    """The content of SA-1B's two files."""
-    annotations = json.loads(text)["annotations"]
-    if not all("counts" in a["segmentation"] and a["area"] >= 0 for a in annotations):
-        raise ValueError("an annotation has no RLE")
-    return read_image(image, upright=False), annotations
+    """The content of SA-1B's two files, masks as compressed RLE; ValueError in one line if one is not as it should be."""
+    content = parse_json(text, "the json")
+    annotations = content.get("annotations") if isinstance(content, dict) else None
+    if not isinstance(annotations, list) or not all(isinstance(one, dict) for one in annotations):
+        raise ValueError("the json has no list of annotations")
+    pixels = read_image(image, upright=False)
+    return pixels, [_read_annotation(one, *pixels.shape[:2]) for one in annotations]
+
+
+def _read_annotation(annotation: dict, height: int, width: int) -> dict[str, Any]:
+    try:
+        rle = to_rle(checked_mask(annotation.get("segmentation"), height, width), height, width)
+    except BadMask as reason:
+        raise ValueError(f"an annotation cannot be used: {reason}") from None
+    area = finite(annotation.get("area"))
+    return {"segmentation": rle, "area": float(rle_tools.area(rle)) if area is None or area < 0 else area}
 
 
 def _span(file: Any, offset: int, size: int) -> bytes:
@@ -94,13 +109,14 @@ def _span(file: Any, offset: int, size: int) -> bytes:
 def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -> list[TrainingPhoto]:
     """The photos of folders (`NAME.jpg` + `NAME.json`, or tars), of tars, and of COCO or LVIS json with its `images`.
 
-    FileNotFoundError or ValueError in one line for a path that is missing, has none, or repeats an id.
+    What had to be left out is said on stderr. FileNotFoundError or ValueError in one line for a path that is missing,
+    has none, or repeats an id.
     """
     photos: list[TrainingPhoto] = []
     for path in map(Path, paths):
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             photos += _annotated(path, images)
-        elif path.suffix == ".tar":
+        elif path.is_file():
             photos += _in_tars([path])
         else:
             photos += _in_folder(path)
@@ -112,37 +128,76 @@ def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -
     return photos
 
 
+def _pairs(names: Iterable[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """(photo, json) of the same name among paths, sorted, and how many are without the other.
+
+    Hidden files are none of the dataset's: macOS puts a `._NAME` beside every NAME.
+    """
+    known = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}
+    photos = sorted(name for name in known if name.lower().endswith(IMAGE_SUFFIXES))
+    texts = {name for name in known if name.endswith(".json")}
+    pairs = [(name, text) for name in photos if (text := str(PurePosixPath(name).with_suffix(".json"))) in texts]
+    alone = {"photos without a json": len(photos) - len(pairs)}
+    alone["json without a photo"] = len(texts - {text for _, text in pairs})
+    return pairs, Counter({reason: n for reason, n in alone.items() if n})
+
+
+def _say_left_out(place: Path, left_out: Counter[str]) -> None:
+    if any(left_out.values()) and int(os.environ.get("RANK", 0)) == 0:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
+        tqdm.write(f"left out of {place}: {reasons}", file=sys.stderr)
+
+
 def _in_folder(folder: Path) -> list[TrainingPhoto]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder}")
+        raise FileNotFoundError(f"no folder or tar {folder}")
     files = {entry.name for entry in os.scandir(folder)}
-    tars = sorted(name for name in files if name.endswith(".tar"))
+    tars = sorted(name for name in files if name.endswith(".tar") and not name.startswith("."))
     if tars:
         return _in_tars([folder / name for name in tars])
-    names = sorted(n for n in files if n.lower().endswith(IMAGE_SUFFIXES) and f"{Path(n).stem}.json" in files)
-    if not names:
-        raise FileNotFoundError(f"{folder} has no photo with a .json beside it (SA-1B's layout), and no .tar")
-    return [FilePhoto(folder / name) for name in names]
+    pairs, left_out = _pairs(files)
+    if not pairs:
+        packed = sorted(name for name in files if name.endswith(PACKED))
+        hint = f"; {packed[0]} is compressed, unpack it first" if packed else ""
+        raise FileNotFoundError(f"{folder} has no photo with a .json beside it (SA-1B's layout), and no .tar{hint}")
+    _say_left_out(folder, left_out)
+    return [FilePhoto(folder / name) for name, _ in pairs]
 
 
 def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:
     photos: list[TrainingPhoto] = []
     for tar in tqdm(tars, unit="tar", desc="headers", disable=len(tars) < 10 or not sys.stderr.isatty()):
-        try:
-            with tarfile.open(tar, "r:") as file:
-                members = {str(PurePosixPath(m.name)): (m.offset_data, m.size) for m in file if m.isfile()}
-        except tarfile.ReadError as error:
-            raise ValueError(f"{tar} is not an uncompressed tar, or is cut short ({error})") from None
-        names = sorted(n for n in members if n.lower().endswith(IMAGE_SUFFIXES))
-        pairs = [(n, str(PurePosixPath(n).with_suffix(".json"))) for n in names]
-        found = [TarPhoto(tar, PurePosixPath(n).stem, members[n], members[j]) for n, j in pairs if j in members]
+        members = _members(tar)
+        pairs, left_out = _pairs(members)
+        found = [TarPhoto(tar, PurePosixPath(n).stem, members[n], members[j]) for n, j in pairs]
         dotted = next((photo.id for photo in found if "." in photo.id), None)
         if dotted is not None:
             raise ValueError(f"{tar}: {dotted} has a dot in its name, at which webdataset would cut it")
         if not found:
             raise FileNotFoundError(f"{tar} has no photo with a .json beside it (SA-1B's layout)")
+        _say_left_out(tar, left_out)
         photos += found
     return photos
+
+
+def _members(tar: Path) -> dict[str, tuple[int, int]]:
+    """(offset, size) in bytes of the files in a tar, by their paths."""
+    with tar.open("rb") as opened:
+        head = opened.read(6)
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"PK", b"\x28\xb5\x2f\xfd")):
+        raise ValueError(f"{tar} is compressed, not an uncompressed tar; unpack it first, to a folder or a .tar")
+    members, end = {}, -1
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                if member.size < 0 or member.offset <= end:  # a damaged header may lead in circles
+                    raise tarfile.ReadError("a member of impossible size")
+                end = member.offset
+                if member.isfile() and not member.issparse():
+                    members[str(PurePosixPath(member.name))] = (member.offset_data, member.size)
+    except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
+        raise ValueError(f"{tar} is not an uncompressed tar, or is cut short ({error})") from None
+    return members
 
 
 def _annotated(path: Path, images: str | Path | None) -> list[TrainingPhoto]:
@@ -153,13 +208,16 @@ def _annotated(path: Path, images: str | Path | None) -> list[TrainingPhoto]:
     if missing := data.left_out["images not found"]:
         raise FileNotFoundError(f"{missing} photos of {path} are not in {images}; take them out of the json")
     photos: list[TrainingPhoto] = []
+    left_out = Counter(data.left_out)
     for photo in data.photos:
-        targets, _ = data.targets(photo, crowd=False)
+        targets, skipped = data.targets(photo, crowd=False)
+        left_out += skipped
         records = tuple({"segmentation": target.rle, "area": target.area} for target in targets)
         if records:
-            photos.append(AnnotatedPhoto(photo.path, f"{path.stem}/{photo.id}", records))
+            photos.append(AnnotatedPhoto(photo.path, f"{path.stem}/{photo.source_id}", records))
     if not photos:
         raise ValueError(f"{path} has no photo with an object to learn from")
+    _say_left_out(path, left_out)
     return photos
 
 

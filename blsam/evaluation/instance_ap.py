@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import Annotations, Photo, encode_mask
+from ..data.fields import box_of, finite, read_json
 from ..decoding import decode
 from .prompted import choose
 
@@ -38,36 +38,53 @@ def true_boxes(annotations: Annotations) -> tuple[dict[int, list[Detection]], Co
 
 
 def read_detections(path: Path, annotations: Annotations) -> tuple[dict[int, list[Detection]], Counter[str]]:
-    """A detector's results (image_id, category_id, bbox x y w h, score) by image, in the file's order."""
-    try:
-        rows = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no detections at {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not json ({error})") from None
+    """A detector's results (image_id, category_id, bbox x y w h, score) by image, in the file's order, and how many
+    cannot be used, by reason; ValueError if none can.
+    """
+    rows = read_json(path, "detections")
     if not isinstance(rows, list):
         raise ValueError(f"{path} must be a list of detections (image_id, category_id, bbox, score)")
-    found: dict[int, list[Detection]] = {photo.id: [] for photo in annotations.photos}
+    photos = {photo.id: photo for photo in annotations.photos}
+    found: dict[int, list[Detection]] = {image: [] for image in photos}
     left_out: Counter[str] = Counter()
-    known = {category["id"] for category in annotations.api.dataset["categories"]}
     for row in rows:
-        try:
-            x, y, w, h = map(float, row["bbox"])
-            image, category, score = row["image_id"], row["category_id"], float(row["score"])
-        except (TypeError, KeyError, ValueError):
-            wanted = "image_id, category_id, bbox [x, y, w, h] and score"
-            raise ValueError(f"{path}: a detection needs {wanted}, one is {str(row)[:80]}") from None
-        if image not in found:
-            left_out["detections on other images"] += 1
-        elif category not in known:
-            left_out["detections of unknown categories"] += 1
-        elif not (w > 0 and h > 0 and np.isfinite((x, y, w, h)).all()):
-            left_out["box without area"] += 1
+        read = _detection(row, annotations, photos)
+        if isinstance(read, str):
+            left_out[read] += 1
         else:
-            found[image].append({"category_id": category, "box": (x, y, x + w, y + h), "score": score})
-    if rows and left_out["detections of unknown categories"] == len(rows):
-        raise ValueError(f"{path}: no detection has a category of the annotations (COCO's ids are 1 to 90)")
+            image, detection = read
+            found[image].append(detection)
+    if rows and sum(left_out.values()) == len(rows) and set(left_out) != {"detections on other images"}:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+        raise ValueError(
+            f"{path}: no detection can be used: {reasons}; each needs image_id and category_id of the annotations, "
+            f"bbox [x, y, w, h] and score, the first is {str(rows[0])[:80]}"
+        )
     return found, left_out
+
+
+def _detection(row: Any, annotations: Annotations, photos: dict[int, Photo]) -> tuple[int, Detection] | str:
+    """The image and the detection of a row, or why there is none."""
+    if not isinstance(row, dict):
+        return "detections that are no json objects"
+    image, category = annotations.images.find(row.get("image_id")), annotations.categories.find(row.get("category_id"))
+    if image is None:
+        return "detections on unknown images"
+    if image not in photos:
+        return "detections on other images"
+    if category is None:
+        return "detections of unknown categories"
+    box, score = box_of(row.get("bbox")), finite(row.get("score"))
+    if box is None:
+        return "detections without a box of four numbers"
+    if score is None:
+        return "detections without a score"
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return "box without area"
+    if x >= photos[image].width or y >= photos[image].height or x + w <= 0 or y + h <= 0:
+        return "box outside its image"
+    return image, {"category_id": category, "box": (x, y, x + w, y + h), "score": score}
 
 
 def predict_boxes(
@@ -91,7 +108,10 @@ def predict_boxes(
 
 
 class InstanceAP:
-    """Average precision of masks by `COCOeval` or `LVISEval`; `reset`, `process` for each photo, `evaluate`."""
+    """Average precision of masks by `COCOeval` or `LVISEval`; `reset`, `process` for each photo, `evaluate`.
+
+    `results` are rows in COCO's format, with the ids of the annotation file.
+    """
 
     def __init__(self, annotations: Annotations) -> None:
         self.annotations = annotations
@@ -105,14 +125,22 @@ class InstanceAP:
         """Take the rows of `predict_boxes` for one photo."""
         for row in predicted:
             rle = {"size": [photo.height, photo.width], "counts": row["counts"]}
-            result = {"image_id": photo.id, "category_id": row["category_id"]}
+            result = {
+                "image_id": photo.source_id,
+                "category_id": self.annotations.categories.source[row["category_id"]],
+            }
             self.results.append(result | {"segmentation": rle, "score": row["score"]})  # no bbox: areas are the masks'
 
     def evaluate(self) -> tuple[dict[str, float | None], str]:
         """Figures in percent (None where nothing is annotated) and the official summary as text."""
         if not self.results:
             return {"AP": 0.0}, "no predictions: AP 0"
-        rows = [dict(result) for result in self.results]  # both packages change what they are given
+        images, categories = self.annotations.images, self.annotations.categories
+        rows = [  # copies, by the scorers' ids: both packages change what they are given
+            result
+            | {"image_id": images.find(result["image_id"]), "category_id": categories.find(result["category_id"])}
+            for result in self.results
+        ]
         return (_coco if self.annotations.kind == "coco" else _lvis)(self.annotations.api, rows)
 
 

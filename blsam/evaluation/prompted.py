@@ -169,7 +169,7 @@ class PromptedIoU:
             row, mask = of_id[target.id], target.mask
             found = {"size": [photo.height, photo.width], "counts": row["counts"].encode()}
             value = float(rle_tools.iou([found], [target.rle], [0])[0, 0])
-            base = {"image": photo.id, "annotation": target.id, "area": target.area, "iou": value}
+            base = {"image": photo.source_id, "annotation": target.source_id, "area": target.area, "iou": value}
             self.rows.append(base | shape_ious(target.box, mask))
             if self.prompt == "point":
                 self.discs.append(disc_ious(row["points"][0], mask))

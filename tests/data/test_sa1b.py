@@ -1,9 +1,19 @@
 """Photos to train on: the same whatever they lie in."""
 
+import gzip
+import io
+import json
+import math
+import tarfile
+from itertools import islice
+from pathlib import Path
+
 import numpy as np
 import pytest
+from pycocotools import mask as rle_tools
 
-from blsam.data.sa1b import choose_photos, list_photos
+from blsam.data.sa1b import choose_photos, list_photos, parse
+from blsam.data.views import TarViews, ViewSettings
 from tests.photos import write_coco, write_photos, write_tars
 
 
@@ -41,7 +51,7 @@ def test_a_share_of_tars_is_whole_tars(tars):
 def test_paths_that_do_not_do(photos, tmp_path):
     (tmp_path / "empty").mkdir()
     for paths, error in (
-        ([tmp_path / "none"], "no folder"),
+        ([tmp_path / "none"], "no folder or tar"),
         ([tmp_path / "empty"], "no photo with a .json beside it"),
         ([photos, photos], "two photos have the id sa_0"),
         ([write_coco(photos, tmp_path / "a.json")], "needs --images"),
@@ -56,3 +66,108 @@ def test_paths_that_do_not_do(photos, tmp_path):
     (tmp_path / "text.tar").write_text("no tar")
     with pytest.raises(ValueError, match="is not an uncompressed tar"):
         list_photos([tmp_path / "text.tar"])
+
+
+def tar_of(path, photos, names, mode="w"):
+    """A tar of a photo and its json under several names; texts of their own for others."""
+    with tarfile.open(path, mode) as file:
+        for name in names:
+            source = photos / f"sa_0{Path(name).suffix}"
+            data = source.read_bytes() if not name.rpartition("/")[2].startswith("._") else b"\0\5\x16\7resources"
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_what_others_leave_in_folders_and_tars(photos, tmp_path, capsys):
+    names = ["./._sa_0.jpg", "./._sa_0.json", "./sa_0.jpg", "./sa_0.json", "__MACOSX/._a.jpg", "__MACOSX/._a.json"]
+    names += ["part/sa_7.jpg", "part/sa_7.json", "part/alone.jpg", "other.json", "third.json", ".hidden/b.jpg"]
+    tar = tar_of(tmp_path / "a.tar", photos, names)
+    found = list_photos([tar])
+    assert [photo.id for photo in found] == ["sa_7", "sa_0"]
+    assert all(len(photo.read()[1]) == 2 for photo in found)
+    assert capsys.readouterr().err == f"left out of {tar}: 1 photos without a json, 2 json without a photo\n"
+    with tarfile.open(tar) as file:
+        file.extractall(tmp_path / "out", filter="data")
+    assert [photo.id for photo in list_photos([tmp_path / "out"])] == ["sa_0"]
+    assert "2 json without a photo" in capsys.readouterr().err
+    pytest.importorskip("webdataset")
+    samples = list(islice(TarViews(found, ViewSettings(128, 2), 0, 1, 1, 0), 2))
+    assert {sample.id for sample in samples} == {"sa_0", "sa_7"} and not any(sample.damaged for sample in samples)
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_compressed_tars_are_named(photos, tmp_path, mode):
+    for name in ("a.tar", "a.tar.gz", "a.tgz"):
+        tar = tar_of(tmp_path / name, photos, ["sa_0.jpg", "sa_0.json"], mode)
+        with pytest.raises(ValueError, match=f"{name} is compressed, not an uncompressed tar; unpack it first"):
+            list_photos([tar])
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="and no .tar; a.tar.gz is compressed, unpack it first"):
+        list_photos([tmp_path])
+
+
+def test_a_tar_cut_anywhere_is_named_or_whole(photos, tmp_path):
+    tar = tar_of(tmp_path / "a.tar", photos, ["sa_0.jpg", "sa_0.json", "b.jpg", "b.json"])
+    whole = tar.read_bytes()
+    for length in range(0, len(whole), 20011):
+        tar.write_bytes(whole[:length])
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            list_photos([tar])
+        assert "cut short" in str(caught.value) or "no photo with" in str(caught.value)
+
+
+def test_a_header_that_leads_back_is_refused(photos, tmp_path):
+    """A negative size, as of a damaged header, would be read for ever."""
+    tar = tar_of(tmp_path / "a.tar", photos, ["sa_0.jpg", "sa_0.json"])
+    data = bytearray(tar.read_bytes())
+    data[124:136] = (-1024 & (1 << 96) - 1).to_bytes(12, "big")
+    data[148:156] = b"        "
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    tar.write_bytes(data)
+    with pytest.raises(ValueError, match="cut short"):
+        list_photos([tar])
+
+
+COUNTS = {"size": [512, 512], "counts": [512 * 512 - 4, 4]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "no list of annotations"),
+        ('{"annotations": null}', "no list of annotations"),
+        ('{"annotations": [3]}', "no list of annotations"),
+        ("", "is not json"),
+        ("[" * 10**5, "nested too deeply"),
+        (gzip.compress(b"{}"), "is compressed"),
+        ({"segmentation": None}, "no segmentation"),
+        ({"segmentation": COUNTS | {"size": [512, 513]}}, "mask of another size"),
+        ({"segmentation": COUNTS | {"size": [10**5, 10**5]}}, "mask of another size"),
+        ({"segmentation": COUNTS | {"counts": [1, 2]}}, "does not fill its size"),
+        ({"segmentation": COUNTS | {"counts": "~~~~"}}, "cannot be read"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_json_beside_a_photo_that_does_not_do(photos, text, words):
+    data = json.dumps({"annotations": [text]}).encode() if isinstance(text, dict) else text
+    with pytest.raises(ValueError, match=words):
+        parse((photos / "sa_0.jpg").read_bytes(), data if isinstance(data, bytes) else data.encode())
+
+
+def test_json_beside_a_photo_that_does(photos):
+    image = (photos / "sa_0.jpg").read_bytes()
+    rows = [
+        {"segmentation": COUNTS, "area": "4"},
+        {"segmentation": COUNTS, "area": math.nan},
+        {"segmentation": COUNTS},
+    ]
+    rows += [{"segmentation": [[0, 508, 1, 508, 1, 512, 0, 512]]}]
+    text = json.dumps({"annotations": rows})
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        _, annotations = parse(image, text.encode(encoding))
+        assert [one["area"] for one in annotations] == [4] * 4
+        assert {bytes(one["segmentation"]["counts"]) for one in annotations[:3]} == {
+            rle_tools.frPyObjects(COUNTS, 512, 512)["counts"]
+        }

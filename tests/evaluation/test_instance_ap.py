@@ -1,6 +1,7 @@
 """Average precision by hand, against pycocotools, and fed with the true masks."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -102,28 +103,80 @@ def test_lvis_discards_and_ignores_as_its_rules_say():
     assert not hasattr(np, "float"), "the shim must not outlive its use"
 
 
+GOOD = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}
+BAD_DETECTIONS = [
+    (3, "detections that are no json objects"),
+    (None, "detections that are no json objects"),
+    ({"image_id": 9}, "detections on unknown images"),
+    ({"image_id": None}, "detections on unknown images"),
+    ({"image_id": "1.png"}, "detections on unknown images"),
+    ({"category_id": 77}, "detections of unknown categories"),
+    ({"category_id": "a"}, "detections of unknown categories"),
+    ({"bbox": None}, "detections without a box of four numbers"),
+    ({"bbox": [1, 1, 2]}, "detections without a box of four numbers"),
+    ({"bbox": ["a", "b", "c", "d"]}, "detections without a box of four numbers"),
+    ({"bbox": [1, 1, float("nan"), 2]}, "detections without a box of four numbers"),
+    ({"bbox": "1 1 2 2"}, "detections without a box of four numbers"),
+    ({"bbox": [1, 1, 0, 2]}, "box without area"),
+    ({"bbox": [1, 1, -2, 2]}, "box without area"),
+    ({"bbox": [5, 1, 2, 2]}, "box outside its image"),
+    ({"score": None}, "detections without a score"),
+    ({"score": float("nan")}, "detections without a score"),
+    ({"score": "high"}, "detections without a score"),
+]
+
+
 def test_detections_are_read_and_checked(dataset, tmp_path):  # noqa: F811
     annotations = Annotations(*dataset([annotation(1)]), "coco")
     path = tmp_path / "detections.json"
-    good = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 2, 2], "score": 0.5}
-    path.write_text(
-        json.dumps([good, good | {"image_id": 9}, good | {"bbox": [1, 1, 0, 2]}, good | {"category_id": 77}])
-    )
+    rows = [GOOD | row if isinstance(row, dict) else row for row, _ in BAD_DETECTIONS]
+    same = [
+        {"image_id": "1"},
+        {"image_id": 1.0},
+        {"category_id": "1"},
+        {"bbox": ["1", "1", "2", "2"]},
+        {"score": "0.5"},
+    ]
+    path.write_text(json.dumps([GOOD, *rows, *(GOOD | row for row in same)]))
     found, left_out = read_detections(path, annotations)
-    assert found == {1: [{"category_id": 1, "box": (1.0, 1.0, 3.0, 3.0), "score": 0.5}], 2: []}
-    assert left_out == {"detections on other images": 1, "box without area": 1, "detections of unknown categories": 1}
-    path.write_text(json.dumps([good | {"category_id": 0}]))
-    with pytest.raises(ValueError, match="no detection has a category"):
-        read_detections(path, annotations)
-    for bad in ({"image_id": 1}, good | {"bbox": None}, good | {"score": None}, 3):
-        path.write_text(json.dumps([bad]))
-        with pytest.raises(ValueError, match="needs image_id, category_id, bbox"):
+    assert found == {1: 6 * [{"category_id": 1, "box": (1.0, 1.0, 3.0, 3.0), "score": 0.5}], 2: []}
+    assert left_out == Counter(reason for _, reason in BAD_DETECTIONS)
+    for row, reason in zip(rows, (reason for _, reason in BAD_DETECTIONS)):
+        path.write_text(json.dumps([row]))
+        with pytest.raises(ValueError, match=f"no detection can be used: 1 {reason}; each needs image_id"):
             read_detections(path, annotations)
+    path.write_text("[]")
+    assert read_detections(path, annotations) == ({1: [], 2: []}, {})
     path.write_text("{}")
     with pytest.raises(ValueError, match="must be a list"):
         read_detections(path, annotations)
     with pytest.raises(FileNotFoundError, match="no detections"):
         read_detections(tmp_path / "none.json", annotations)
+    path.write_text(json.dumps([GOOD | {"image_id": 2}]))
+    first = Annotations(*dataset([annotation(1)]), "coco", limit=1)
+    assert read_detections(path, first) == (
+        {1: []},
+        {"detections on other images": 1},
+    )  # of the file, beyond the limit
+
+
+def test_ids_in_words_score_and_come_back(dataset, tmp_path):
+    images = [{"id": name, "file_name": f"{i}.png", "height": 4, "width": 4} for i, name in ((1, "b"), (2, "a"))]
+    rows = [annotation("x", image="a", category_id="cup"), annotation(0, image="b", category_id="cup")]
+    categories = [{"id": "cup", "name": "cup"}]
+    annotations = Annotations(*dataset(rows, images=images, categories=categories), "coco")
+    path = tmp_path / "detections.json"
+    path.write_text(json.dumps([GOOD | {"image_id": name, "category_id": "cup"} for name in "ab"]))
+    found, left_out = read_detections(path, annotations)
+    assert not left_out and [len(rows) for rows in found.values()] == [1, 1]
+    evaluator = InstanceAP(annotations)
+    square = np.zeros((4, 4), bool)
+    square[1:3, 1:3] = True
+    for photo in annotations.photos:
+        (detection,) = found[photo.id]
+        evaluator.process(photo, [detection | {"counts": encode_mask(square)["counts"]}])
+    assert evaluator.evaluate()[0]["AP"] == pytest.approx(100)
+    assert [(row["image_id"], row["category_id"]) for row in evaluator.results] == [("a", "cup"), ("b", "cup")]
 
 
 def test_boxes_become_masks_with_the_detectors_class_and_score(predictor):
