@@ -5,6 +5,7 @@ pycocotools trusts what it is given: a run too many makes it hang or crash, and 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,7 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _checked_polygons(value: list, height: int, width: int) -> list[list[float]]:
-    polygons, outline = [], 0.0
+    polygons, outline, side = [], 0.0, max(height, width)
     for polygon in _unnested(value):
         if isinstance(polygon, list) and len(polygon) < 6:
             continue
@@ -62,21 +63,27 @@ def _checked_polygons(value: list, height: int, width: int) -> list[list[float]]
             corners = np.array(polygon, float)
         except (TypeError, ValueError, OverflowError):
             corners = np.array(np.nan)
-        if corners.ndim != 1 or not np.isfinite(corners).all():
+        low, high = (corners.min(), corners.max()) if corners.ndim == 1 else (np.nan, np.nan)
+        if not math.isfinite(low + high):
             raise BadMask("polygon with coordinates that are no numbers")
         if len(corners) % 2:
             raise BadMask("polygon of an odd number of coordinates")
-        side = max(height, width)
-        if corners.min() < -FAR * side or corners.max() > (FAR + 1) * side:
+        if low < -FAR * side or high > (FAR + 1) * side:
             raise BadMask("polygon far outside its image")
-        steps = np.abs(np.diff(corners.reshape(-1, 2), axis=0, append=corners[None, :2]))
-        outline += float(steps.max(1).sum())
+        longest = len(corners) * (high - low)
+        outline += longest if longest < MOST_OUTLINE / 100 else _outline(corners)
         polygons.append(polygon)
     if not polygons:
         raise BadMask("no polygon of three corners")
     if outline > MOST_OUTLINE:
         raise BadMask(f"polygon of an outline of more than {MOST_OUTLINE:,} pixels")
     return polygons
+
+
+def _outline(corners: np.ndarray) -> float:
+    """Pixels along a closed polygon x1, y1, ..., as pycocotools steps from corner to corner."""
+    steps = np.abs(np.diff(corners.reshape(-1, 2), axis=0, append=corners[None, :2]))
+    return float(steps.max(1).sum())
 
 
 def _unnested(value: list) -> list:
