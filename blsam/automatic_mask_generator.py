@@ -18,6 +18,7 @@ from segment_anything.utils.amg import (
 )
 
 from .decoding import decode
+from .images import as_photo
 from .predictor import SamPredictor
 
 CHUNK = 16  # masks at the photo's size at a time
@@ -30,11 +31,18 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         super().__init__(model, *args, **kwargs)
         self.predictor = SamPredictor(model)
 
-    def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
-        """Masks of everything in an image, uint8 [H, W, 3]; one record for each, as in `segment_anything`."""
+    def generate(self, image: Any) -> list[dict[str, Any]]:
+        """Masks of everything in an image, uint8 [H, W, 3] or anything that `images.as_photo` reads as one; one record
+        for each, as in `segment_anything`."""
         # release 1.0 makes the categories of its NMS on the default device, which fails beside boxes on CUDA
         with torch.device(self.predictor.device):
-            return super().generate(image)
+            return super().generate(as_photo(image))
+
+    def _process_crop(self, image: np.ndarray, crop_box: list[int], *rest: Any) -> MaskData:
+        x1, y1, x2, y2 = crop_box
+        if x2 <= x1 or y2 <= y1:  # of a photo with fewer pixels across than crops
+            return MaskData()
+        return super()._process_crop(image, crop_box, *rest)
 
     def _process_crop(self, *args: Any) -> MaskData:
         data = super()._process_crop(*args)

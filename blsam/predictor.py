@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,12 +19,20 @@ from segment_anything.utils.transforms import ResizeLongestSide as _ResizeLonges
 
 from .config import OUT_CHANNELS
 from .encoded import Encoded
+from .images import as_photo, as_photos
 from .modeling.routing import Routing
 from .modeling.sam import Sam
 
 
 class ResizeLongestSide(_ResizeLongestSide):
-    """As `segment_anything`'s; release 1.0 reads batch and channels as height and width in `apply_image_torch`."""
+    """As `segment_anything`'s; release 1.0 reads batch and channels as height and width in `apply_image_torch`, and
+    leaves a photo that is far longer than wide no pixel."""
+
+    @staticmethod
+    def get_preprocess_shape(oldh: int, oldw: int, long_side_length: int) -> tuple[int, int]:
+        """(H, W) -> (h, w) with the longer side `long_side_length`, a pixel at least."""
+        h, w = _ResizeLongestSide.get_preprocess_shape(oldh, oldw, long_side_length)
+        return max(1, h), max(1, w)
 
     def apply_image_torch(self, image: torch.Tensor) -> torch.Tensor:
         """float [B, C, H, W] -> [B, C, h, w] with the longer side `target_length`."""
@@ -75,35 +84,42 @@ class SamPredictor(_SamPredictor):
         parts = {f.name: getattr(encoded, f.name) for f in fields(encoded)}
         self.__dict__.update(parts, is_image_set=True)  # in one step, for threads that look at it
 
+    def set_image(self, image: Any, image_format: str = "RGB") -> None:
+        """Encode a photo: uint8 [H, W, 3], or anything that `images.as_photo` reads as one.
+
+        image_format: "RGB" or "BGR", of an array. After a ValueError no photo is set.
+        """
+        self.reset_image()
+        super().set_image(as_photo(image, image_format), "RGB")
+
     @torch.no_grad()
     def set_torch_image(self, transformed_image: torch.Tensor, original_image_size: tuple[int, int]) -> None:
         """An image [1, 3, h, w], already resized so that its longer side is `img_size`; original size as (H, W).
 
         As in SAM, a batch of B images of one size is taken: `features` is theirs, and each has to be decoded by hand.
         """
+        self.reset_image()
         side = self.model.image_encoder.img_size
         shape = tuple(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side:
             raise ValueError(f"the image must be [1, 3, h, w] with its longer side {side}, is {list(shape)}")
-        self.reset_image()
         features, routing = self.model.encode_images(list(transformed_image))
         height, width = original_image_size
         self._use(Encoded(features, routing, (shape[2], shape[3]), (height, width)))
 
     @torch.no_grad()
-    def set_images(self, images: Sequence[np.ndarray]) -> None:
-        """Encode several photos together, uint8 [H, W, 3] RGB of any sizes; `use_image` then says which one is meant."""
-        if not len(images):
+    def set_images(self, images: Iterable[Any]) -> None:
+        """Encode several photos together, each as in `set_image`, of any sizes; `use_image` says which one is meant."""
+        self.reset_image()
+        photos = as_photos(images)
+        if not photos:
             raise ValueError("set_images needs at least one image")
-        for image in images:
-            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-                raise ValueError(f"an image must be uint8 [H, W, 3], is {image.dtype} {list(image.shape)}")
-        resized = [self.transform.apply_image(image) for image in images]
+        resized = [self.transform.apply_image(photo) for photo in photos]
         tensors = [torch.as_tensor(r, device=self.device).permute(2, 0, 1).contiguous() for r in resized]
         features, routing = self.model.encode_images(tensors)
         self._batch = [
-            Encoded(features[i : i + 1], routing.of_image(i), (tensor.shape[1], tensor.shape[2]), image.shape[:2])
-            for i, (image, tensor) in enumerate(zip(images, tensors))
+            Encoded(features[i : i + 1], routing.of_image(i), (tensor.shape[1], tensor.shape[2]), photo.shape[:2])
+            for i, (photo, tensor) in enumerate(zip(photos, tensors))
         ]
         self.use_image(0)
 

@@ -29,7 +29,7 @@ from ..evaluation.protocols import PROTOCOLS, SAMPLINGS, SELECTIONS, Protocol
 from ..evaluation.report import left_out_line, speed, table
 from ..evaluation.runner import predict_photos
 from ..files import provenance, sha256, write_json
-from ..images import read_image
+from ..images import read_annotated
 from ..options import UsageError, add_option, check_folder, check_output
 
 PROMPTED = """Mean IoU of prompted masks on {data} annotations, by size, beside trivial baselines.
@@ -273,11 +273,7 @@ def predicted(
 
 def set_image(subject: Subject, photo: Photo, watch: Stopwatch) -> None:
     """Encode a photo as its annotations see it."""
-    image = read_image(photo.path, upright=False)
-    if image.shape[:2] != (photo.height, photo.width):
-        raise ValueError(
-            f"{photo.path} has {image.shape[1]} x {image.shape[0]} pixels, its annotations {photo.width} x {photo.height}"
-        )
+    image = read_annotated(photo.path, (photo.height, photo.width))
     with watch("encoder"):
         subject.predictor.set_image(image)
 

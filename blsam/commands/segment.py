@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, metavar="OUT.png", help="overlay; default IMAGE_mask.png")
     add("--mask", type=Path, metavar="OUT.png", help="the mask alone, 0 and 255")
     add("--json", type=Path, metavar="OUT.json")
+    add("--no-exif", action="store_true", help="take the pixels as stored, not turned as EXIF says")
+    add("--max-megapixels", type=float, metavar="N", help="larger photos are refused; default 178.95, as in Pillow")
 
 
 def parse_point(text: str) -> tuple[float, float, int]:
@@ -63,10 +66,12 @@ def run(args: argparse.Namespace) -> None:
 
     from ..build_sam import sam_model_registry
     from ..distributed import Stopwatch
-    from ..images import read_image
+    from ..images import decode_image
     from ..predictor import SamPredictor, check_prompts, points_outside
 
-    image = read_image(args.image)
+    image, notes = decode_image(args.image, upright=not args.no_exif, max_megapixels=args.max_megapixels)
+    for note in notes:
+        print(f"blsam: {args.image}: {note}", file=sys.stderr)
     points = np.array([p[:2] for p in args.point], float) if args.point else None
     labels = np.array([p[2] for p in args.point]) if args.point else None
     box = np.array(args.box) if args.box else None

@@ -18,12 +18,11 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
-from ..images import read_image
+from ..images import SUFFIXES, read_annotated, read_image
 from .annotations import Annotations
 from .fields import finite, parse_json
 from .masks import BadMask, checked_mask, to_rle
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")
 Content = tuple[np.ndarray, list[dict[str, Any]]]  # uint8 [h, w, 3] RGB; annotations with segmentation (RLE) and area
 
@@ -76,7 +75,7 @@ class AnnotatedPhoto:
     annotations: tuple[dict[str, Any], ...]
 
     def read(self) -> Content:
-        return read_image(self.path, upright=False), list(self.annotations)
+        return read_annotated(self.path, self.annotations[0]["segmentation"]["size"]), list(self.annotations)
 
 
 def parse(image: bytes, text: bytes) -> Content:
@@ -85,7 +84,10 @@ def parse(image: bytes, text: bytes) -> Content:
     annotations = content.get("annotations") if isinstance(content, dict) else None
     if not isinstance(annotations, list) or not all(isinstance(one, dict) for one in annotations):
         raise ValueError("the json has no list of annotations")
-    pixels = read_image(image, upright=False)
+    masks = (one.get("segmentation") for one in annotations)
+    sizes = [mask.get("size") for mask in masks if isinstance(mask, dict)]
+    size = next((size for size in sizes if isinstance(size, list) and len(size) == 2), None)
+    pixels = read_image(image, upright=False) if size is None else read_annotated(image, size)
     return pixels, [_read_annotation(one, *pixels.shape[:2]) for one in annotations]
 
 
@@ -134,7 +136,7 @@ def _pairs(names: Iterable[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
     Hidden files are none of the dataset's: macOS puts a `._NAME` beside every NAME.
     """
     known = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}
-    photos = sorted(name for name in known if name.lower().endswith(IMAGE_SUFFIXES))
+    photos = sorted(name for name in known if name.lower().endswith(SUFFIXES))
     texts = {name for name in known if name.endswith(".json")}
     pairs = [(name, text) for name in photos if (text := str(PurePosixPath(name).with_suffix(".json"))) in texts]
     alone = {"photos without a json": len(photos) - len(pairs)}

@@ -19,8 +19,10 @@ import torch
 from pycocotools import mask as rle_tools
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..images import SUFFIXES
 from .sa1b import TarPhoto, TrainingPhoto, parse
 
+WITHOUT_DOT = tuple(suffix[1:] for suffix in SUFFIXES)
 LOW_RES = 4  # pixels of the input along a pixel of the decoder's masks
 SHUFFLED = 100  # photos that are shuffled among each other while a tar streams by
 BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, SyntaxError, MemoryError, cv2.error)
@@ -240,7 +242,7 @@ class TarViews(IterableDataset):
         )
         for sample in pipeline:
             photo = sample["__key__"].rpartition("/")[2]
-            image = next((sample[s] for s in ("jpg", "jpeg", "png") if s in sample), None)
+            image = next((sample[s] for s in WITHOUT_DOT if s in sample), None)
             if photo in wanted and image is not None and "json" in sample:
                 wanted.remove(photo)
                 yield photo, partial(parse, image, sample["json"])

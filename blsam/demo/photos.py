@@ -13,13 +13,18 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from ..images import encode_image, read_image
+from ..formats import HEAD, name_format
+from ..images import decode_image, encode_image, read_heic
 from ..predictor import ResizeLongestSide
 
 MAX_BYTES = 30 * 2**20
 MAX_PIXELS = 40_000_000
 MIN_SIDE, MAX_ASPECT = 8, 16  # pixels, long side over short side; less makes no token grid worth a mask
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")  # a phone's MPO opens as JPEG
+Image.init()
+read_heic()
+FORMATS = tuple(  # a phone's MPO opens as JPEG
+    name for name in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF") if name in Image.OPEN
+)
 PREVIEW_SIDE = 1280  # longer side in pixels of what the page shows; exports are at the photo's own size
 
 
@@ -37,7 +42,7 @@ class Photo:
 
     id: SHA-256 of the file, so that the same file is the same photo whoever drops it, and nobody can name another's.
     data: the file. size (H, W): upright, in pixels. resized: uint8 [h, w, 3] RGB, what the encoder takes.
-    preview: JPEG of `preview_size` (h, w), what the page shows.
+    preview: JPEG of `preview_size` (h, w), what the page shows. note: what was done to it, for the visitor, if anything.
     """
 
     id: str
@@ -46,6 +51,7 @@ class Photo:
     resized: np.ndarray
     preview: bytes
     preview_size: tuple[int, int]
+    note: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +70,10 @@ def check_header(data: bytes) -> None:
     except Image.DecompressionBombError:
         raise Refused(f"The photo has more than {MAX_PIXELS // 10**6} megapixels.", 413) from None
     except (OSError, SyntaxError, ValueError):  # Pillow's UnidentifiedImageError is an OSError
-        raise Refused("This is no photo that can be read here (JPEG, PNG, WebP, BMP, GIF, TIFF).", 415) from None
+        name, cure = name_format(data[:HEAD]) or ("no photo that can be read here", "")
+        if cure:
+            raise Refused(f"This is {name}, which is not read here; {cure}.", 415) from None
+        raise Refused(f"This is {name} ({', '.join(FORMATS)}).", 415) from None
     if width * height > MAX_PIXELS:
         raise Refused(f"The photo has {width} x {height} pixels; {MAX_PIXELS // 10**6} megapixels are the most.", 413)
     if min(width, height) < MIN_SIDE or max(width, height) > MAX_ASPECT * min(width, height):
@@ -77,20 +86,24 @@ def check_header(data: bytes) -> None:
 def open_photo(data: bytes, image_size: int) -> Photo:
     """Check and decode a file for an encoder of side `image_size`; Refused says what is wrong with it."""
     check_header(data)
-    pixels = decode_pixels(data)
-    size = pixels.shape[:2]
+    pixels, notes = _decode(data)
+    size = pixels.shape[0], pixels.shape[1]
     side = min(PREVIEW_SIDE, max(size))
     preview_size = ResizeLongestSide.get_preprocess_shape(*size, side)
     preview = cv2.resize(pixels, preview_size[::-1], interpolation=cv2.INTER_AREA)
     shown = encode_image(preview, "JPEG", quality=90)
     resized = ResizeLongestSide(image_size).apply_image(pixels)
-    return Photo(hashlib.sha256(data).hexdigest(), data, size, resized, shown, preview_size)
+    return Photo(hashlib.sha256(data).hexdigest(), data, size, resized, shown, preview_size, "; ".join(notes))
 
 
 def decode_pixels(data: bytes) -> np.ndarray:
     """The photo's pixels, upright, uint8 [H, W, 3] RGB."""
+    return _decode(data)[0]
+
+
+def _decode(data: bytes) -> tuple[np.ndarray, list[str]]:
     try:
-        return read_image(data)
+        return decode_image(data)
     except ValueError as error:
         text = str(error)
         raise Refused(text[0].upper() + text[1:] + ".") from None

@@ -226,7 +226,7 @@ class _SharedGenerator(SamAutomaticMaskGenerator):
         shown = replace(encoding.encoded, original_size=photo.preview_size)
         self.predictor = predictor_on(segmenter.sam, shown)
         # the generator sets and forgets the whole image as its only crop: it is set already, and goes with the object
-        self.predictor.set_image = lambda image: None
+        self.predictor.set_image = lambda *_: None  # type: ignore[method-assign]
         self.predictor.reset_image = lambda: None  # type: ignore[method-assign]
 
     def _process_batch(self, *args: Any) -> Any:

@@ -1,6 +1,6 @@
 """The demo's HTTP interface: a file in, then json and pictures. Every request names its photo, keep ratio and prompts.
 
-    POST api/photos                     the file as body      -> id, width, height, pixels of the photo
+    POST api/photos                     the file as body      -> id, width, height in pixels, note on how it was read
     GET  api/photos/ID/preview                                -> JPEG
     POST api/photos/ID/encode           keep_ratio            -> seconds
     POST api/photos/ID/masks            ... points, box       -> masks (score, overlay as base64 PNG), times
@@ -67,7 +67,7 @@ def api(segmenter: Segmenter) -> FastAPI:
             except asyncio.TimeoutError:  # Python 3.10 has another TimeoutError
                 raise Refused("The upload took too long.", 408) from None
             photo = await run_in_threadpool(segmenter.add, data)
-        return {"id": photo.id, "width": photo.size[1], "height": photo.size[0]}
+        return {"id": photo.id, "width": photo.size[1], "height": photo.size[0], "note": photo.note}
 
     @app.get("/api/photos/{id}/preview")
     def preview(id: str) -> Response:

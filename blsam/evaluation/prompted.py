@@ -14,7 +14,7 @@ from pycocotools import mask as rle_tools
 from ..data.annotations import Annotations, Photo, Target, encode_mask
 from ..data.prompts import Click
 from ..decoding import Candidates, decode, upscale
-from ..images import read_image
+from ..images import read_annotated
 from ..modeling.sam import Sam
 from ..predictor import SamPredictor
 from .protocols import PROTOCOLS, Protocol
@@ -216,7 +216,7 @@ def object_ious(
     for photo in annotations.photos:
         targets, _ = annotations.targets(photo, crowd=False)
         if targets:
-            predictor.set_image(read_image(photo.path, upright=False))
+            predictor.set_image(read_annotated(photo.path, (photo.height, photo.width)))
             for name, evaluator in evaluators.items():
                 rows = predict_objects(predictor, targets, protocols[name], kinds[name], 1, seed=0)
                 evaluator.process(photo, rows)

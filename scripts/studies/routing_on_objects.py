@@ -22,7 +22,7 @@ from tqdm import tqdm
 from blsam import SamPredictor, sam_model_registry
 from blsam.data.annotations import Annotations, Photo
 from blsam.files import write_text
-from blsam.images import read_image
+from blsam.images import read_annotated
 from blsam.modeling.routing import route
 from blsam.modeling.windows import PATCH, real_tokens
 from blsam.options import ROUTED, Parser, add_option, check_output, exit_status, find_checkpoint
@@ -65,7 +65,7 @@ def stage_sums(predictor: SamPredictor, annotations: Annotations, photo: Photo) 
     if not targets:
         return None
     encoder = predictor.model.image_encoder
-    predictor.set_image(read_image(photo.path, upright=False))
+    predictor.set_image(read_annotated(photo.path, (photo.height, photo.width)))
     covered = coverage(np.any([target.mask for target in targets], axis=0), predictor.input_size, encoder.img_size)
     side, sizes = covered.shape[-1], [predictor.input_size]
     real = real_tokens(side, side, torch.tensor(sizes))

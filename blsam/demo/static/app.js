@@ -7,7 +7,7 @@ const $ = (id) => document.getElementById(id);
 class App {
   constructor(root) {
     this.config = JSON.parse(root.dataset.config);
-    this.photo = null; // {id, width, height, name, file}
+    this.photo = null; // {id, width, height, note, name, file}
     this.history = []; // prompts, {points, box}, oldest first; the last one is shown
     this.masks = []; // {score, overlay}
     this.chosen = 0;
@@ -94,7 +94,7 @@ class App {
     $("photo").focus({ preventScroll: true });
     this.render();
     await this.encode();
-    this.say(`${photo.width} x ${photo.height} pixels, ready: click an object.`);
+    this.say(`${photo.width} x ${photo.height} pixels${photo.note && ` (${photo.note})`}, ready: click an object.`);
   }
 
   async upload(file) {
