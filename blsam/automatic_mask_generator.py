@@ -42,10 +42,7 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         x1, y1, x2, y2 = crop_box
         if x2 <= x1 or y2 <= y1:  # of a photo with fewer pixels across than crops
             return MaskData()
-        return super()._process_crop(image, crop_box, *rest)
-
-    def _process_crop(self, *args: Any) -> MaskData:
-        data = super()._process_crop(*args)
+        data = super()._process_crop(image, crop_box, *rest)
         data["crop_boxes"] = data["crop_boxes"].view(-1, 4)  # of no masks, it would have one dimension and break
         return data
 

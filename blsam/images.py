@@ -205,13 +205,13 @@ def _head(file: Any) -> bytes:
 
 
 def _loaded(image: Image.Image, upright: bool | None = None, file: Any = None) -> tuple[np.ndarray, Notes]:
-    """The first frame of a picture as uint8 [H, W, 3] RGB, and notes.
+    """The frame of a picture that is set as uint8 [H, W, 3] RGB, and notes.
 
     upright: turned as EXIF says, or as stored; None: as it lies. file: where it came from.
     """
     notes: Notes = []
-    if image.format != "MPO" and getattr(image, "is_animated", False):  # a phone's MPO holds the same photo again
-        notes.append("of several frames or pages the first is taken")
+    if file is not None and image.format != "MPO" and getattr(image, "is_animated", False):
+        notes.append("of several frames or pages the first is taken")  # a phone's MPO holds the same photo again
     deep = image.mode[0] not in "IF" and any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
     turn = _orientation(image)
     image.load()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import segment_anything as sa
 import torch
+from PIL import Image
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +59,27 @@ def test_no_float64_reaches_the_device():
         generator.predictor.set_image(PHOTOS["landscape"])
         generator.predictor.predict(np.array([[9.5, 9.5]]), np.array([1]), np.array([1.0, 1, 90, 90]))
     assert records and not seen, seen
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (1, 1), (3, 700)], ids=str)
+def test_everything_in_photos_with_fewer_pixels_than_crops(size):
+    """Some of segment_anything's crops are empty then."""
+    small = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=64)
+    options = dict(points_per_side=1, pred_iou_thresh=0, stability_score_thresh=0, crop_n_layers=1)
+    found = SamAutomaticMaskGenerator(small, **options).generate(np.full((*size, 3), 99, np.uint8))
+    assert found and all(record["segmentation"].shape == size for record in found)
+
+
+def test_everything_takes_photos_in_any_form():
+    small = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=64)
+    generator = SamAutomaticMaskGenerator(small, points_per_side=2, pred_iou_thresh=0, stability_score_thresh=0)
+    photo = PHOTOS["portrait"]
+    expected = generator.generate(photo)
+    for image in (photo / 255, torch.from_numpy(photo).permute(2, 0, 1), Image.fromarray(photo)):
+        found = generator.generate(image)
+        assert [one["bbox"] for one in found] == [one["bbox"] for one in expected] != []
+    with pytest.raises(ValueError, match="an image must be uint8"):
+        generator.generate(None)
 
 
 def test_the_generator_makes_its_tensors_where_the_model_is(monkeypatch):

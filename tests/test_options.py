@@ -54,6 +54,19 @@ def test_a_parser_says_what_is_wrong_in_one_line():
     assert "one\n  two" in parser.format_help()
 
 
+@pytest.mark.parametrize("value", ["-5,-5,99,99", "-3,4", "-.5,1", "-1e3", "-inf,0", "-nan,0", "7"])
+def test_a_value_may_begin_with_a_minus(value):
+    parser = Parser(prog="it")
+    parser.add_argument("--box")
+    parser.add_argument("--point", action="append")
+    group = parser.add_argument_group("more")
+    group.add_argument("--shift", nargs="+")
+    args = parser.parse_args(["--box", value, "--point", value, "--point", value, "--shift", value, value])
+    assert (args.box, args.point, args.shift) == (value, [value] * 2, [value] * 2)
+    with pytest.raises(UsageError, match="unrecognized arguments: -x"):
+        parser.parse_args(["--box", value, "-x"])
+
+
 @pytest.mark.e2e
 def test_under_torchrun_each_process_says_its_line(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "blsam"]

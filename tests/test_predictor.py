@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import segment_anything as sa
 import torch
+from PIL import Image
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
@@ -314,14 +315,71 @@ def test_set_images_checks(small):
     predictor = SamPredictor(small)
     with pytest.raises(ValueError, match="at least one image"):
         predictor.set_images([])
-    with pytest.raises(ValueError, match="must be uint8"):
-        predictor.set_images([PHOTOS["landscape"].astype(float)])
+    with pytest.raises(ValueError, match="image 1: an image must be uint8"):
+        predictor.set_images([PHOTOS["landscape"], PHOTOS["landscape"] - 300.0])
+    with pytest.raises(ValueError, match="one image as a list of one"):
+        predictor.set_images(PHOTOS["landscape"])
     predictor.set_images([PHOTOS["landscape"]])
     with pytest.raises(ValueError, match="image 1 is none of the 1"):
         predictor.use_image(1)
     predictor.set_image(PHOTOS["landscape"])
     with pytest.raises(ValueError, match="image 0 is none of the 0"):
         predictor.use_image(0)
+
+
+def test_a_photo_is_the_same_in_any_form(small, tmp_path):
+    photo = PHOTOS["landscape"]
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    predictor = SamPredictor(small)
+    predictor.set_image(photo)
+    expected = predictor.features.clone()
+    forms = {
+        "path": tmp_path / "photo.png",
+        "picture": Image.fromarray(photo),
+        "floats": photo / 255,
+        "tensor": torch.from_numpy(photo).permute(2, 0, 1),
+        "mirrored twice": photo[:, ::-1].copy()[:, ::-1],
+    }
+    for name, image in forms.items():
+        predictor.set_image(image)
+        assert torch.equal(predictor.features, expected) and predictor.original_size == (300, 512), name
+    predictor.set_image(photo[..., ::-1], "BGR")
+    assert torch.equal(predictor.features, expected)
+    predictor.set_images(forms.values())
+    for number in range(len(forms)):
+        predictor.use_image(number)
+        assert gap(predictor.features, expected) <= 1e-4
+
+
+def test_after_a_photo_that_failed_none_is_set(small):
+    predictor = SamPredictor(small)
+    for fails in (
+        lambda: predictor.set_image(None),
+        lambda: predictor.set_image(PHOTOS["landscape"] - 300.0),
+        lambda: predictor.set_image(PHOTOS["landscape"], "GBR"),
+        lambda: predictor.set_image("none.jpg"),
+        lambda: predictor.set_images([PHOTOS["landscape"], None]),
+        lambda: predictor.set_images([]),
+    ):
+        predictor.set_images([PHOTOS["portrait"]])
+        with pytest.raises((ValueError, FileNotFoundError)):
+            fails()
+        assert not predictor.is_image_set and predictor.features is None
+        with pytest.raises(RuntimeError, match="image must be set"):
+            predictor.predict(box=np.array([1, 1, 9, 9]))
+        with pytest.raises(ValueError, match="none of the 0"):
+            predictor.use_image(0)
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000), (1, 1), (5000, 2)], ids=str)
+def test_photos_that_are_hardly_there(small, size):
+    predictor = SamPredictor(small)
+    photo = np.full((*size, 3), 99, np.uint8)
+    predictor.set_image(photo)
+    assert max(predictor.input_size) == 256 and min(predictor.input_size) >= 1
+    masks, scores, _ = predictor.predict(box=np.array([0, 0, size[1], size[0]]))
+    assert masks.shape == (3, *size) and np.isfinite(scores).all()
+    predictor.set_images([photo, PHOTOS["landscape"]])
 
 
 def test_a_mask_input_of_another_size_is_a_value_error():

@@ -2,11 +2,16 @@
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
 from blsam.cli import main
 from blsam.commands import evaluate
+from blsam.data.annotations import Photo
+from blsam.distributed import Stopwatch
 from blsam.evaluation.models import load_subject
 from blsam.options import Parser, shipped_checkpoint
 from tests.helpers import COCO, ROOT, needs_data
@@ -74,6 +79,19 @@ def arguments(*more):
 )
 def test_an_explicit_flag_overrides_the_protocol_and_is_named(flags, name):
     assert evaluate.protocol_of(arguments(*flags))[1] == name
+
+
+def test_a_photo_that_exif_turns_is_encoded_as_stored_or_named(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (60, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    seen = []
+    subject = SimpleNamespace(predictor=SimpleNamespace(set_image=lambda image: seen.append(image.shape)))
+    watch = Stopwatch(torch.device("cpu"))
+    evaluate.set_image(subject, Photo(1, tmp_path / "turned.jpg", height=40, width=60), watch)
+    with pytest.raises(ValueError, match="60 x 40 pixels, its annotations 40 x 60: EXIF turns it"):
+        evaluate.set_image(subject, Photo(1, tmp_path / "turned.jpg", height=60, width=40), watch)
+    assert seen == [(40, 60, 3)]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as rle_tools
 
 from blsam.data.sa1b import choose_photos, list_photos, parse
@@ -27,6 +28,33 @@ def test_folder_tar_and_json_hold_the_same(photos, tars, tmp_path):
         for other in contents[1:]:
             assert np.array_equal(pixels, other[name][0])
             assert [a["area"] for a in annotations] == [a["area"] for a in other[name][1]]
+
+
+def test_annotations_made_on_a_turned_photo(tmp_path):
+    """Pixels as stored, whatever EXIF says; where the masks lie on the turned photo, EXIF is named."""
+    folder = write_photos(tmp_path / "photos", 2)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.asarray(Image.open(folder / "sa_1.jpg"))
+    Image.fromarray(pixels).save(folder / "sa_1.jpg", exif=exif)
+    coco = write_coco(folder, tmp_path / "instances.json")
+    for photos in (list_photos([folder]), list_photos([coco], folder), list_photos(write_tars(folder, tmp_path, 1))):
+        assert photos[1].read()[0].shape == pixels.shape
+
+    upright = Image.open(folder / "sa_1.jpg").transpose(Image.Transpose.ROTATE_90)
+    upright.save(folder / "sa_1.jpg", exif=exif)
+    for photos in (list_photos([folder]), list_photos([coco], folder), list_photos(write_tars(folder, tmp_path, 1))):
+        with pytest.raises(ValueError, match="its annotations 451 x 300: EXIF turns it"):
+            photos[1].read()
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".tiff", ".PNG"])
+def test_photos_of_other_formats_are_found(tmp_path, suffix):
+    folder = write_photos(tmp_path / "photos", 2)
+    for path in folder.glob("*.jpg"):
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    assert [photo.id for photo in list_photos([folder])] == ["sa_0", "sa_1"]
 
 
 def test_a_share_of_the_photos(photos):
@@ -143,8 +171,8 @@ COUNTS = {"size": [512, 512], "counts": [512 * 512 - 4, 4]}
         ("[" * 10**5, "nested too deeply"),
         (gzip.compress(b"{}"), "is compressed"),
         ({"segmentation": None}, "no segmentation"),
-        ({"segmentation": COUNTS | {"size": [512, 513]}}, "mask of another size"),
-        ({"segmentation": COUNTS | {"size": [10**5, 10**5]}}, "mask of another size"),
+        ({"segmentation": COUNTS | {"size": [512, 513]}}, "its annotations 513 x 512"),
+        ({"segmentation": COUNTS | {"size": [10**5, 10**5]}}, "its annotations 100000 x 100000"),
         ({"segmentation": COUNTS | {"counts": [1, 2]}}, "does not fill its size"),
         ({"segmentation": COUNTS | {"counts": "~~~~"}}, "cannot be read"),
     ],

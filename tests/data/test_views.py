@@ -86,9 +86,7 @@ def test_damaged_photos_are_black_and_named(photos, tmp_path):
     (folder / "sa_3.json").write_text((folder / "sa_4.json").read_text())  # masks of a photo of another size
     views = Views(list_photos([folder]), SETTINGS)
     found = {views[i].id: views[i] for i in range(5)}
-    assert (
-        found["sa_3"].damaged == "sa_3: ValueError an annotation cannot be used: mask of another size than its image"
-    )
+    assert found["sa_3"].damaged == "sa_3: ValueError the photo has 512 x 512 pixels, its annotations 451 x 300"
     assert [name for name in sorted(found) if found[name].damaged] == ["sa_0", "sa_1", "sa_2", "sa_3"]
     assert found["sa_0"].damaged.startswith("sa_0: ValueError the photo is damaged") and not found["sa_0"].image.any()
     assert not len(found["sa_1"].masks)

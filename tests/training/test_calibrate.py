@@ -18,7 +18,7 @@ from blsam import sam_model_registry
 from blsam.cli import main
 from blsam.config import CONFIGS
 from blsam.options import shipped_checkpoint
-from blsam.training.calibrate import calibrate, choose_photos
+from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import Settings
 from tests.helpers import ROOT
 from tests.training.helpers import random_vit_b
@@ -95,6 +95,19 @@ def test_choice_of_photos(photos, tmp_path):
         choose_photos(tmp_path / "nowhere", 4, 0)
     with pytest.raises(ValueError, match="at least 2 photos"):
         choose_photos(tmp_path, 4, 0)
+
+
+def test_photos_of_any_format_and_depth_are_read(tmp_path):
+    """A folder of other formats is found, and a scan of 12 bits enters the encoder as it looks."""
+    sam = sam_model_registry["vit_t"](image_size=64)
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "a.tif")
+    Image.fromarray(np.rint(ramp / 4095 * 255).astype(np.uint8)).save(tmp_path / "b.webp", lossless=True)
+    chosen = choose_photos(tmp_path, 4, 0)
+    assert [path.name for path in chosen] == ["a.tif", "b.webp"]
+    with pytest.warns(UserWarning, match="a.tif: values from 0 to 4095 are shown as 0 to 255"):
+        (deep, _), (plain, _) = (prepare(sam, path) for path in chosen)
+    assert (deep - plain).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(
