@@ -161,7 +161,7 @@ def _check(image: Image.Image, max_megapixels: float | None) -> None:
     if width * height > limit * 1e6:
         raise Refused(
             f"is too large, {width} x {height} pixels: {limit:.6g} megapixels are the most, unless max_megapixels "
-            "(--max-megapixels) allows more"
+            "of read_image, or blsam segment --max-megapixels, allows more"
         )
     tags = getattr(image, "tag_v2", {})
     if 50706 in tags or (tags.get(254) == 1 and 330 in tags):  # DNGVersion; a preview first, the picture in a SubIFD

@@ -109,14 +109,17 @@ def test_grey_of_32_bits(values, words):
     assert np.abs(pixels[..., 0] - expected).max() <= 1 and words in " ".join(notes) and len(notes) == bool(words)
 
 
+def frames_of(kind):
+    return file_of(SMALL, kind, save_all=True, append_images=[Image.fromarray(255 - SMALL)])
+
+
 def test_of_several_frames_the_first():
-    frames = {"save_all": True, "append_images": [Image.fromarray(255 - SMALL)]}
     for kind in ("GIF", "TIFF", "WEBP", "PNG"):
-        pixels, notes = decode_image(file_of(SMALL, kind, **frames))
+        pixels, notes = decode_image(frames_of(kind))
         assert notes == ["of several frames or pages the first is taken"]
         assert np.abs(pixels.astype(int) - SMALL).mean() < 12
-    assert not decode_image(file_of(SMALL, "MPO", **frames))[1]  # as phones make them
-    chosen = Image.open(io.BytesIO(file_of(SMALL, "TIFF", **frames)))
+    assert not decode_image(frames_of("MPO"))[1]  # as phones make them
+    chosen = Image.open(io.BytesIO(frames_of("TIFF")))
     chosen.seek(1)
     assert np.array_equal(as_photo(chosen), 255 - SMALL)
 
@@ -180,7 +183,7 @@ def test_heic_asks_for_pillow_heif_and_is_read_with_it(monkeypatch):
 
 def test_too_large_is_seen_in_the_header(monkeypatch, recwarn):
     before = Image.MAX_IMAGE_PIXELS
-    with pytest.raises(ValueError, match="too large, 14000 x 13000 pixels: 178.957 megapixels .*--max-megapixels"):
+    with pytest.raises(ValueError, match="too large, 14000 x 13000 pixels: 178.957 megapixels .* --max-megapixels"):
         read_image(png_header(14_000, 13_000))
     with pytest.raises(ValueError, match="too large, 40 x 25 pixels: 0.0009 megapixels"):
         read_image(png_header(40, 25), max_megapixels=0.0009)

@@ -280,6 +280,10 @@ def test_bad_files_leave_a_message_and_a_page_that_works(visit, tmp_path):
     (tmp_path / "huge.jpg").write_bytes(bytes(31 * 2**20))
     page.set_input_files("#file", tmp_path / "huge.jpg")
     says(page, "larger than 30 MB")
+    Image.fromarray(data.coffee()[..., 0].astype(np.uint16) * 16).save(tmp_path / "deep.png")
+    page.set_input_files("#file", tmp_path / "deep.png")  # which is read, and said how
+    says(page, "600 x 400 pixels (values from 0 to 4080 are shown as 0 to 255), ready")
+    page.click("#another")
     take(page, "cat")
     click(page, 0.5, 0.5)
 
