@@ -10,7 +10,7 @@ HEIC = ("a HEIC photo", "pip install pillow-heif, or convert it to JPEG")
 AVIF = ("an AVIF photo", "install Pillow 11.3 or later, or convert it to JPEG")
 SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (  # offset, the bytes there, what has them, what to do
     (128, rb"DICM", "a DICOM file", CONVERT),
-    (4, rb"ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", *HEIC),
+    (4, rb"ftyp(hei[cfxms]|hev[cxms]|mif1|msf1)", *HEIC),
     (4, rb"ftypavi[fs]", *AVIF),
     (4, rb"ftypcrx ", "a RAW photo (CR3)", CONVERT),
     (4, rb"ftyp", "a video (MP4 or QuickTime)", "save a frame of it as PNG"),

@@ -48,9 +48,9 @@ def as_photo(image: Any, image_format: str = "RGB") -> np.ndarray:
     if isinstance(image, str | os.PathLike | bytes | bytearray):
         return read_image(bytes(image) if isinstance(image, bytearray) else image)
     try:
-        pixels, notes = _loaded(image) if isinstance(image, Image.Image) else to_rgb(as_array(image), bgr)
-    except (ValueError, OSError, SyntaxError) as error:  # a picture of Pillow may not be loaded yet
-        raise ValueError(f"{WANTED}: {one_line(error)}") from None
+        pixels, notes = _picture(image) if isinstance(image, Image.Image) else to_rgb(as_array(image), bgr)
+    except ValueError as error:
+        raise ValueError(f"{WANTED}: {error}") from None
     _warn("the photo", notes)
     return pixels
 
@@ -204,11 +204,23 @@ def _head(file: Any) -> bytes:
 # --- pictures of Pillow ----------------------------------------------------------------------------------------------
 
 
+def _picture(image: Image.Image) -> tuple[np.ndarray, Notes]:
+    """A picture of Pillow as it lies; it may read its file only now, and find it damaged or closed."""
+    try:
+        return _loaded(image)
+    except (MemoryError, ValueError):
+        raise
+    except Exception as error:
+        raise ValueError(f"the picture cannot be loaded ({one_line(error)})") from None
+
+
 def _loaded(image: Image.Image, upright: bool | None = None, file: Any = None) -> tuple[np.ndarray, Notes]:
     """The frame of a picture that is set as uint8 [H, W, 3] RGB, and notes.
 
     upright: turned as EXIF says, or as stored; None: as it lies. file: where it came from.
     """
+    if 0 in image.size:
+        raise ValueError(f"it is empty, {image.width} x {image.height} pixels")
     notes: Notes = []
     if file is not None and image.format != "MPO" and getattr(image, "is_animated", False):
         notes.append("of several frames or pages the first is taken")  # a phone's MPO holds the same photo again

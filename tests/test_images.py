@@ -296,6 +296,16 @@ def test_what_is_no_photo_is_one_line(image):
         as_photo(SMALL, "GBR")
 
 
+def test_pictures_without_pixels(tmp_path):
+    Image.fromarray(SMALL).save(tmp_path / "photo.jpg")
+    with Image.open(tmp_path / "photo.jpg") as closed:
+        pass
+    for picture, message in ((Image.new("RGB", (0, 5)), "it is empty, 0 x 5"), (closed, "an image must be uint8")):
+        with pytest.raises(ValueError, match=message) as caught:
+            as_photo(picture)
+        assert "\n" not in str(caught.value)
+
+
 def test_a_picture_of_a_damaged_file_is_a_value_error():
     with pytest.raises(ValueError, match="an image must be uint8.*truncated"):
         as_photo(Image.open(io.BytesIO(JPEG[: len(JPEG) // 2])))
