@@ -39,6 +39,14 @@ def test_warm_start_leaves_only_new_keys(tmp_path):
         assert torch.equal(routed.state_dict()[key], value), key
 
 
+def test_sams_state_loads_strictly_into_a_routed_model():
+    state = make(TINY_EXACT).state_dict()
+    routed = build_sam(TINY, image_size=160)
+    assert not any(routed.load_state_dict(state))
+    for key, value in state.items():
+        assert torch.equal(routed.state_dict()[key], value), key
+
+
 def refused(state, config=TINY, message=""):
     with pytest.raises(ckpt.CheckpointError, match=message):
         ckpt.load(build_sam(config, image_size=160), config, state)

@@ -186,6 +186,17 @@ def test_a_decoder_that_was_cast_names_the_option():
         predictor.predict(box=np.array([1, 1, 50, 50]))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_encoder_may_be_cast_alone(dtype):
+    torch.manual_seed(0)
+    sam = sam_model_registry["blsam_vit_t"](image_size=128)
+    predictor = SamPredictor(sam)
+    sam.image_encoder.to(dtype)
+    predictor.set_image(PHOTOS["landscape"])
+    assert predictor.features.dtype == torch.float32
+    assert np.isfinite(predictor.predict(box=[60, 20, 250, 280])[1]).all()
+
+
 def test_another_encoder_is_used_as_in_sam(small):
     class Own(torch.nn.Module):
         img_size = 256

@@ -11,6 +11,7 @@ import torch
 from segment_anything.modeling import Sam as _Sam
 
 from .image_encoder import ImageEncoder
+from .layers import input_dtype
 from .routing import Routing, Stage
 
 
@@ -29,7 +30,14 @@ class Sam(_Sam):
         """
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         batch = torch.stack([self.preprocess(image.squeeze(0) if image.dim() == 4 else image) for image in images])
-        encoder: Any = self.image_encoder  # called as a module, so that hooks and compiled forms of it are used
+        embedding, routing = self._encode(batch, sizes, keep_ratio)
+        return embedding.to(input_dtype(self.mask_decoder)), routing  # the encoder may have been cast alone
+
+    def _encode(
+        self, batch: torch.Tensor, sizes: list[tuple[int, int]], keep_ratio: float | None
+    ) -> tuple[torch.Tensor, Routing]:
+        """By whatever encoder is there, called as a module, so that hooks and compiled forms of it are used."""
+        encoder: Any = self.image_encoder
         ours = getattr(encoder, "_orig_mod", encoder)  # of torch.compile(encoder)
         if not isinstance(ours, ImageEncoder) or "forward" in vars(ours):
             if keep_ratio is not None:
