@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
-from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, size_of
+from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, size_of, wrong_box
 from .fields import find_image as find_image
 from .masks import BadMask, checked_mask
 from .masks import encode_mask as encode_mask
@@ -164,19 +164,17 @@ class Annotations:
         left_out: Counter[str] = Counter()
         for annotation in self._of_image.get(photo.id, ()):
             x, y, w, h = annotation["bbox"]
+            box = (x, y, x + w, y + h)
             rle = to_rle(annotation["segmentation"], photo.height, photo.width)
             if annotation["iscrowd"] and not crowd:
                 left_out["crowd"] += 1
-            elif w <= 0 or h <= 0:
-                left_out["box without area"] += 1
-            elif x >= photo.width or y >= photo.height or x + w <= 0 or y + h <= 0:
-                left_out["box outside its image"] += 1
+            elif reason := wrong_box(box, photo.height, photo.width):
+                left_out[reason] += 1
             elif annotation["area"] < min_area:
                 left_out[f"area below {min_area:g}"] += 1
             elif not rle_tools.area(rle):  # a thin polygon may cover no pixel
                 left_out["empty mask"] += 1
             else:
-                box = (float(x), float(y), float(x + w), float(y + h))
                 number, category, area = annotation["id"], annotation["category_id"], float(annotation["area"])
                 targets.append(Target(number, category, box, area, rle, self._source[number]))
         return targets, left_out

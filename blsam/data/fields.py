@@ -101,6 +101,14 @@ def box_of(value: Any) -> tuple[float, float, float, float] | None:
     return None if x is None or y is None or w is None or h is None else (x, y, w, h)
 
 
+def wrong_box(corners: tuple[float, float, float, float], height: int, width: int) -> str | None:
+    """Why a box x1, y1, x2, y2 cannot be prompted with on an image; None if it can."""
+    x1, y1, x2, y2 = corners
+    if x2 <= x1 or y2 <= y1:  # also of a width that is lost in the sum
+        return "box without area"
+    return "box outside its image" if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0 else None
+
+
 def size_of(record: dict) -> tuple[int, int] | None:
     """height, width of an image's record; None where they are no size that an image can have."""
     height, width = finite(record.get("height")), finite(record.get("width"))

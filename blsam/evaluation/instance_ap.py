@@ -18,7 +18,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import Annotations, Photo, encode_mask
-from ..data.fields import box_of, finite, read_json
+from ..data.fields import box_of, finite, read_json, wrong_box
 from ..decoding import decode
 from .prompted import choose
 
@@ -79,12 +79,10 @@ def _detection(row: Any, annotations: Annotations, photos: dict[int, Photo]) -> 
         return "detections without a box of four numbers"
     if score is None:
         return "detections without a score"
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return "box without area"
-    if x >= photos[image].width or y >= photos[image].height or x + w <= 0 or y + h <= 0:
-        return "box outside its image"
-    return image, {"category_id": category, "box": (x, y, x + w, y + h), "score": score}
+    corners = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    if wrong := wrong_box(corners, photos[image].height, photos[image].width):
+        return wrong
+    return image, {"category_id": category, "box": corners, "score": score}
 
 
 def predict_boxes(

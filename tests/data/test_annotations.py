@@ -250,10 +250,10 @@ def test_annotations_that_cannot_be_used_are_counted_by_reason(dataset):
 
 
 def test_boxes_without_area_and_outside_are_counted(dataset):
-    boxes = [[1, 1, -2, 2], [1, 1, 0, 2], [4, 0, 2, 2], [-5, 0, 5, 2], [1e300, 0, 1e300, 1]]
+    boxes = [[1, 1, -2, 2], [1, 1, 0, 2], [4, 0, 2, 2], [-5, 0, 5, 2], [1e300, 0, 1e300, 1], [1, 1, 1e-38, 2]]
     annotations = Annotations(*dataset([annotation(i, bbox=box) for i, box in enumerate(boxes, 1)]), "coco")
     left_out = annotations.targets(annotations.photos[0], crowd=False)[1]
-    assert left_out == {"box without area": 2, "box outside its image": 3}
+    assert left_out == {"box without area": 3, "box outside its image": 3}
 
 
 @pytest.mark.parametrize("value", [-1, 0, None, "x", float("nan"), True, [], 4.5, 10**9])

@@ -119,6 +119,7 @@ BAD_DETECTIONS = [
     ({"bbox": "1 1 2 2"}, "detections without a box of four numbers"),
     ({"bbox": [1, 1, 0, 2]}, "box without area"),
     ({"bbox": [1, 1, -2, 2]}, "box without area"),
+    ({"bbox": [1, 1, 1e-38, 2]}, "box without area"),
     ({"bbox": [5, 1, 2, 2]}, "box outside its image"),
     ({"score": None}, "detections without a score"),
     ({"score": float("nan")}, "detections without a score"),

@@ -58,6 +58,20 @@ def test_a_4x4_case_by_hand(dataset):  # noqa: F811
     assert figures["miou"] is None and figures["count"] == 0 and figures["interval_95"] is None
 
 
+@pytest.mark.parametrize("ids", [("cup", "b"), (0, -3), (None, "7")])
+def test_rows_carry_the_ids_of_the_file(dataset, ids):
+    """Which the scorers cannot work with."""
+    rows = [annotation(name, image=image) for name, image in zip(ids, ("left", "right"))]
+    images = [{"id": image, "file_name": f"{i}.png"} for i, image in ((1, "left"), (2, "right"))]
+    annotations = Annotations(*dataset(rows, images=images), "coco")
+    evaluator = PromptedIoU(annotations, PROTOCOLS["paper"], "box")
+    for photo in annotations.photos:
+        (target,), _ = annotations.targets(photo, crowd=False)
+        evaluator.process(photo, [predicted(target.id, target.mask)])
+    assert [(row["image"], row["annotation"]) for row in evaluator.rows] == list(zip(("left", "right"), ids))
+    assert evaluator.evaluate()["miou"] == pytest.approx(100)
+
+
 def predicted(number, mask, points=()):
     row = {"id": number, "counts": encode_mask(mask)["counts"], "score": 1.0}
     return row | ({"points": points} if points else {})

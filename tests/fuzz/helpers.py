@@ -7,10 +7,11 @@ says how many cases were tried. A case that hangs ends the process with its trac
 
 import copy
 import faulthandler
+import io
 import os
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
@@ -64,7 +65,7 @@ def many(check, strategy, name, seconds=SECONDS):
 def outcome(call, *allowed):
     """What a reader returns, or None where it raises one of the errors promised, in one line."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # what was left out
             warnings.simplefilter("ignore")
             return call()
     except allowed as error:
