@@ -17,11 +17,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from .files import printable
+
 AGAIN = "download it again"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says why and what would help."""
+    """A checkpoint that cannot be used; the message says why and what would help, in one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text, 1000))  # it may quote what the file holds
 
 
 def read_content(path: Path) -> tuple[Any, dict[str, str]]:

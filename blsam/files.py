@@ -61,6 +61,13 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_atomically(path, write)
 
 
+def printable(value: object, most: int = 80) -> str:
+    """What a file holds, to be said in a message: one line without control characters, cut at `most` characters."""
+    text = " ".join(str(value)[: 2 * most].split())
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def sha256(path: str | Path) -> str:
     """Of a file's bytes, in hexadecimal; of any size, since it is never held whole."""
     digest = hashlib.sha256()

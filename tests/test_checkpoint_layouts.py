@@ -156,6 +156,12 @@ def test_other_models_are_named(tmp_path, keys, words):
         build_sam(TINY_EXACT, tmp_path / "a.pth")
 
 
+def test_names_in_a_file_do_not_write_on_the_terminal(tmp_path):
+    torch.save({"\x1b[2J\nroot:": torch.ones(1)}, tmp_path / "a.pth")
+    with pytest.raises(ckpt.CheckpointError, match=r"its keys begin with \?\[2J root:$"):
+        build_sam(TINY_EXACT, tmp_path / "a.pth")
+
+
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 LINEAR = ("weight", "bias")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import blsam
-from blsam.files import provenance, sha256, write_atomically, write_bytes, write_json, write_text
+from blsam.files import printable, provenance, sha256, write_atomically, write_bytes, write_json, write_text
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -61,3 +61,9 @@ def test_provenance_names_versions_and_revision():
     found = provenance()
     assert found["versions"]["blsam"] == blsam.__version__ and found["versions"]["numpy"] == np.__version__
     assert found["git_revision"] is None or len(found["git_revision"].removesuffix("-dirty")) == 40
+
+
+def test_what_a_message_quotes_is_one_line():
+    assert printable("a\nb\x1e\x1b[31mc\u2028d\ud800") == "a b ?[31mc d?"
+    assert printable({"a": 1}) == "{'a': 1}" and printable("") == ""
+    assert printable("x" * 100) == "x" * 77 + "..." and len(printable("y" * 10**6, 1000)) == 1000

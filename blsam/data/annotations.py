@@ -19,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
+from ..files import printable
 from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, size_of, wrong_box
 from .fields import find_image as find_image
 from .masks import BadMask, checked_mask
@@ -99,8 +100,8 @@ class Annotations:
             raise FileNotFoundError(f"none of the {len(records)} images of {path} is in {images}")
         if missing and not skip_missing:
             raise FileNotFoundError(
-                f"{len(missing)} of {len(records)} images of {path} are not in {images} (the first: {missing[0]}); "
-                "--skip-missing evaluates the others"
+                f"{len(missing)} of {len(records)} images of {path} are not in {images} "
+                f"(the first: {printable(missing[0])}); --skip-missing evaluates the others"
             )
         self.left_out["images not found"] += len(missing)
         self.photos = [self._photo(record, file) for record, file in zip(records, files) if file]
@@ -191,10 +192,10 @@ def _read(path: Path) -> dict[str, Any]:
     for name in ("images", "categories"):
         for record in dataset[name]:
             if not isinstance(record, dict) or key_of(record.get("id")) is None:
-                raise ValueError(f"{path}: one of its {name} has no id: {str(record)[:80]}")
+                raise ValueError(f"{path}: one of its {name} has no id: {printable(record)}")
     for record in dataset["images"]:
         if not name_of(record):
-            raise ValueError(f"{path}: one of its images has neither coco_url nor file_name: {str(record)[:80]}")
+            raise ValueError(f"{path}: one of its images has neither coco_url nor file_name: {printable(record)}")
     return dataset
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from ..files import printable
 from .masks import MOST_PIXELS
 
 Id = int | str
@@ -57,7 +58,7 @@ class Numbering:
         known: set[str] = set()
         for key in keys:
             if key in known:
-                raise ValueError(f"two {what} share an id: {key[:80]}")
+                raise ValueError(f"two {what} share an id: {printable(key)}")
             if key is not None:
                 known.add(key)
         self.numbers = list(ids)

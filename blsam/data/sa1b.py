@@ -18,6 +18,7 @@ import numpy as np
 from pycocotools import mask as rle_tools
 from tqdm import tqdm
 
+from ..files import printable
 from ..images import SUFFIXES, read_annotated, read_image
 from .annotations import Annotations
 from .fields import finite, parse_json
@@ -125,7 +126,7 @@ def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -
     seen: set[str] = set()
     for photo in photos:
         if photo.id in seen:
-            raise ValueError(f"two photos have the id {photo.id}")
+            raise ValueError(f"two photos have the id {printable(photo.id)}")
         seen.add(photo.id)
     return photos
 
@@ -174,7 +175,7 @@ def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:
         found = [TarPhoto(tar, PurePosixPath(n).stem, members[n], members[j]) for n, j in pairs]
         dotted = next((photo.id for photo in found if "." in photo.id), None)
         if dotted is not None:
-            raise ValueError(f"{tar}: {dotted} has a dot in its name, at which webdataset would cut it")
+            raise ValueError(f"{tar}: {printable(dotted)} has a dot in its name, at which webdataset would cut it")
         if not found:
             raise FileNotFoundError(f"{tar} has no photo with a .json beside it (SA-1B's layout)")
         _say_left_out(tar, left_out)
@@ -198,7 +199,7 @@ def _members(tar: Path) -> dict[str, tuple[int, int]]:
                 if member.isfile() and not member.issparse():
                     members[str(PurePosixPath(member.name))] = (member.offset_data, member.size)
     except (tarfile.TarError, ValueError, OverflowError, EOFError, OSError) as error:
-        raise ValueError(f"{tar} is not an uncompressed tar, or is cut short ({error})") from None
+        raise ValueError(f"{tar} is not an uncompressed tar, or is cut short ({printable(error)})") from None
     return members
 
 

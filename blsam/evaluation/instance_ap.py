@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from ..data.annotations import Annotations, Photo, encode_mask
 from ..data.fields import box_of, finite, read_json, wrong_box
 from ..decoding import decode
+from ..files import printable
 from .prompted import choose
 
 Detection = dict[str, Any]
@@ -58,7 +59,7 @@ def read_detections(path: Path, annotations: Annotations) -> tuple[dict[int, lis
         reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
         raise ValueError(
             f"{path}: no detection can be used: {reasons}; each needs image_id and category_id of the annotations, "
-            f"bbox [x, y, w, h] and score, the first is {str(rows[0])[:80]}"
+            f"bbox [x, y, w, h] and score, the first is {printable(rows[0])}"
         )
     return found, left_out
 
