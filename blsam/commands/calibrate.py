@@ -14,6 +14,7 @@ from pathlib import Path
 from ..checkpoint import SUFFIXES, checked_path
 from ..config import CONFIGS
 from ..data.annotations import Annotations
+from ..evaluation.report import left_out_line
 from ..files import write_json
 from ..options import ROUTED, UsageError, add_option, check_output
 from ..training.calibrate import calibrate, choose_photos, default_limit, table
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
     )
     print(table(report))
+    if annotations is not None and any(annotations.left_out.values()):
+        print(left_out_line(annotations.left_out))
     print(
         f"{args.output}: {report['photos']} photos, {report['seconds'] / 60:.1f} minutes, peak {report['peak_gb']:.1f} GB"
     )

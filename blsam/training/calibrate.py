@@ -17,10 +17,11 @@ from .. import checkpoint as ckpt
 from ..build_sam import build_sam
 from ..config import EncoderConfig
 from ..data.annotations import Annotations
+from ..data.sa1b import photos_in
 from ..distributed import peak_gb
 from ..evaluation.prompted import object_ious
 from ..files import sha256
-from ..images import SUFFIXES, read_image
+from ..images import read_image
 from ..modeling.sam import Sam
 from ..predictor import SamPredictor
 from .calibration import Calibration, Settings
@@ -35,7 +36,7 @@ def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
     """A seeded choice of the folder's photos, in the order of their names; FileNotFoundError or ValueError."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}")
-    photos = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    photos = photos_in(folder)
     if len(photos) < 2 or limit < 2:
         raise ValueError(f"calibration needs at least 2 photos; {folder} has {len(photos)}, the limit is {limit}")
     order = np.random.default_rng(seed).permutation(len(photos))[:limit]

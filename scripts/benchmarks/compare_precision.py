@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
+from blsam.data.sa1b import photos_in
 from blsam.files import write_json
-from blsam.images import SUFFIXES, read_image
+from blsam.images import read_image
 from blsam.modeling.windows import real_tokens
 from blsam.options import Parser, add_option, check_output, exit_status, find_checkpoint, parse_ratios
 
@@ -33,7 +34,7 @@ def main() -> int:
     args = parser.parse_args()
     if not args.images.is_dir():
         raise FileNotFoundError(f"no folder {args.images}")
-    photos = sorted(p for p in args.images.iterdir() if p.suffix.lower() in SUFFIXES)[: args.limit]
+    photos = photos_in(args.images)[: args.limit]
     if not photos:
         raise FileNotFoundError(f"no photo in {args.images}")
 

@@ -95,6 +95,9 @@ def test_choice_of_photos(photos, tmp_path):
         choose_photos(tmp_path / "nowhere", 4, 0)
     with pytest.raises(ValueError, match="at least 2 photos"):
         choose_photos(tmp_path, 4, 0)
+    for name in ("a.jpg", "b.JPEG", "c.png", "._a.jpg", "d.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in choose_photos(tmp_path, 4, 0)] == ["a.jpg", "b.JPEG", "c.png"]
 
 
 def test_photos_of_any_format_and_depth_are_read(tmp_path):
