@@ -29,11 +29,8 @@ def find_state(content: Any, source: str, fits: Callable[[State], bool] | None =
 
     fits: which of several is wanted. CheckpointError if there is none, or more than one.
     """
-    dicts = list(_dicts(content, ""))
+    dicts = list(_dicts(content, "", set()))
     found = [(name, state) for path, tensors in dicts for name, state in _sams(path, tensors)]
-    for key, value in ((key, value) for _, tensors in dicts for key, value in tensors.items()):
-        if wrong := _not_plain(value):
-            raise CheckpointError(f"{source}: {key} is {wrong}, not a plain tensor")
     distinct = {_identity(state): (name, state) for name, state in reversed(found)}  # saved twice: the first
     if fits is not None and len(distinct) > 1:
         distinct = {key: pair for key, pair in distinct.items() if fits(pair[1])} or distinct
@@ -42,15 +39,23 @@ def find_state(content: Any, source: str, fits: Callable[[State], bool] | None =
         raise CheckpointError(f"{source} holds several models, {names}; save the one you want in a file of its own")
     if not dicts:
         raise CheckpointError(f"{source} is not a state dict of tensors: it holds {_kind(content)}")
-    return next(iter(distinct.values()))[1] if distinct else max((tensors for _, tensors in dicts), key=len)
+    state = next(iter(distinct.values()))[1] if distinct else max((tensors for _, tensors in dicts), key=len)
+    for key, value in state.items():
+        if wrong := _not_plain(value):
+            raise CheckpointError(f"{source}: {key} is {wrong}, not a plain tensor")
+    return state
 
 
-def _dicts(content: Any, path: str, depth: int = DEPTH) -> Iterator[tuple[str, State]]:
-    """All dictionaries with tensors in them, outermost first, by the keys that lead to them; not the optimiser's."""
-    if isinstance(content, (list, tuple)):
-        content = dict(enumerate(content[:16]))
-    if not isinstance(content, Mapping) or not depth:
+def _dicts(content: Any, path: str, seen: set[int], depth: int = DEPTH) -> Iterator[tuple[str, State]]:
+    """All dictionaries with tensors in them, outermost first, by the keys that lead to them; not the optimiser's.
+
+    Each once, or one that holds itself would lead in circles: `seen` are the ids of those that were looked at.
+    """
+    if not isinstance(content, (Mapping, list, tuple)) or id(content) in seen or not depth:
         return
+    seen.add(id(content))
+    if not isinstance(content, Mapping):
+        content = dict(enumerate(content[:16]))
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     for part in PARTS:  # a model saved in its three parts
         if isinstance(content.get(part), Mapping):
@@ -59,7 +64,7 @@ def _dicts(content: Any, path: str, depth: int = DEPTH) -> Iterator[tuple[str, S
         yield path, tensors
     for key, value in content.items():
         if key not in PARTS and not str(key).startswith("optim"):
-            yield from _dicts(value, f"{path}.{key}" if path else str(key), depth - 1)
+            yield from _dicts(value, f"{path}.{key}" if path else str(key), seen, depth - 1)
 
 
 def _sams(path: str, tensors: State) -> Iterator[tuple[str, State]]:
@@ -82,7 +87,11 @@ def _sams(path: str, tensors: State) -> Iterator[tuple[str, State]]:
 
 def _identity(state: State) -> tuple:
     """The same for two state dicts that share their tensors."""
-    return tuple(sorted((key, value.data_ptr(), tuple(value.shape)) for key, value in state.items()))
+
+    def place(value: torch.Tensor) -> int:
+        return value.data_ptr() if value.layout == torch.strided and not value.is_nested else id(value)
+
+    return tuple(sorted((key, place(value), tuple(value.shape)) for key, value in state.items()))
 
 
 def _not_plain(value: torch.Tensor) -> str | None:

@@ -128,6 +128,12 @@ def test_of_several_models_the_one_that_fits_is_taken(state, tmp_path):
     comes_back(state, mixed, tmp_path / "c.pth")
 
 
+def test_what_holds_itself_is_looked_at_once(state, tmp_path):
+    circle = {"model": state, "sparse": {"x": torch.eye(2).to_sparse(), "y": torch.zeros(1).expand(9, 9)}}
+    circle |= {str(i): circle for i in range(1000)} | {"list": [circle] * 1000}
+    comes_back(state, circle, tmp_path / "a.pth")
+
+
 def test_what_is_beside_the_model_is_refused_by_name(sam, tmp_path):
     named = {f"model.{k}": v for k, v in sam.state_dict().items()}
     torch.save(named | {"criterion.weight": torch.ones(2)}, tmp_path / "a.pth")
