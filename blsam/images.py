@@ -28,6 +28,11 @@ File = str | os.PathLike[str] | bytes  # a path, or what is in the file
 WANTED = "an image must be uint8 [H, W, 3], or what can be read as one"
 
 
+def photos_in(folder: Path) -> list[Path]:
+    """The photos that lie in a folder, by their names; hidden files are none, macOS puts a `._NAME` beside every NAME."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
 # --- in memory -------------------------------------------------------------------------------------------------------
 
 

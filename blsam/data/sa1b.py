@@ -131,11 +131,6 @@ def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -
     return photos
 
 
-def photos_in(folder: Path) -> list[Path]:
-    """The photos that lie in a folder, by their names; hidden files are none, macOS puts a `._NAME` beside every NAME."""
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-
-
 def _pairs(names: Iterable[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
     """(photo, json) of the same name among paths, sorted, hidden ones left out, and how many are without the other."""
     known = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}

@@ -17,11 +17,10 @@ from .. import checkpoint as ckpt
 from ..build_sam import build_sam
 from ..config import EncoderConfig
 from ..data.annotations import Annotations
-from ..data.sa1b import photos_in
 from ..distributed import peak_gb
 from ..evaluation.prompted import object_ious
 from ..files import sha256
-from ..images import read_image
+from ..images import photos_in, read_image
 from ..modeling.sam import Sam
 from ..predictor import SamPredictor
 from .calibration import Calibration, Settings

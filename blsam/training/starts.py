@@ -34,7 +34,7 @@ def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor, stride:
     """
     rows = x.flatten(0, 2)[::stride].cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    target = wide(x)[::stride].cpu().double()
+    target = wide(x).flatten(0, 2)[::stride].cpu().double()
     chosen = list(range(wide.num_heads))
     if narrow.num_heads < wide.num_heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
@@ -63,7 +63,7 @@ def _gathered(attention: Attention, head: int, x: torch.Tensor) -> torch.Tensor:
     probe.qkv.bias.copy_(torch.cat([bias.repeat(1, heads).flatten(), pieces.new_zeros(heads * d)]))
     probe.proj.weight.copy_(pieces.T)
     probe.proj.bias.zero_()
-    return probe(x)
+    return probe(x).flatten(0, 2)
 
 
 def _choose(seen: list[torch.Tensor], target: torch.Tensor, count: int) -> list[int]:

@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.data.sa1b import photos_in
 from blsam.files import write_json
-from blsam.images import read_image
+from blsam.images import photos_in, read_image
 from blsam.modeling.windows import real_tokens
 from blsam.options import Parser, add_option, check_output, exit_status, find_checkpoint, parse_ratios
 

@@ -94,7 +94,7 @@ def test_most_of_a_trained_model_s_blocks_is_found():
             e = block.e_block
             start_attention(e.attn, block.attn, block.norm1(x))
             shares[f"{i}.attention"] = explained(e.attn(block.norm1(x)), block.attention(x))
-            middle = x.flatten(0, 2) + block.attention(x)
+            middle = (x + block.attention(x)).flatten(0, 2)
             start_feed_forward(e, block, block.norm2(middle))
             e.norm2.load_state_dict(block.norm2.state_dict())
             shares[f"{i}.feed_forward"] = explained(e.feed_forward(middle), block.feed_forward(middle))
