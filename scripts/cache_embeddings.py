@@ -6,8 +6,9 @@
     python scripts/train_sam.py --cache cache --data SA-1B --fraction 0.02 ...
 
 A view of a photo at 1024 takes 2 MB: 470 GB for 2 % of SA-1B and one view, so the live teacher is the default. Training
-sees the same --views views of every photo again and again, and needs the same --image-size and --seed. A run that was
-killed goes on when the same command is given again.
+sees the same --views views of every photo again and again, and needs the same --image-size and --seed. Photos without a
+.json beside them are embedded too, for --stage encoder. A run that was killed goes on when the same command is given
+again.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--views, --batch-size and --part-size are at least 1, --fraction lies in (0, 1]")
     check_folder("--output", args.output)
 
-    photos, _ = choose_photos(list_photos(args.data, args.images), args.fraction, holdout=0, seed=0)
+    photos, _ = choose_photos(list_photos(args.data, args.images, plain=True), args.fraction, holdout=0, seed=0)
     teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, args.image_size)
     sam = sam_model_registry["vit_t"](image_size=args.image_size, device=args.device)  # for its preprocessing
     settings = {"teacher": args.teacher, "teacher_sha256": sha256(args.teacher_checkpoint)}

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="SA-1B: folders of NAME.jpg + NAME.json or"
-        " of .tar, .tar files; or COCO or LVIS .json with --images")  # fmt: skip
+        " of .tar, .tar files; or COCO or LVIS .json with --images; --stage encoder needs no .json")  # fmt: skip
     add("--images", type=Path, metavar="DIR", help="where the photos of a .json lie")
     add("--fraction", type=float, metavar="F", help="a seeded share of the photos, 0.02: 2 %%")
     add("--holdout", type=float, metavar="F", help="share of those kept for validation")

@@ -1,4 +1,4 @@
-"""Photos with masks to train on: SA-1B as it is downloaded (folders or tars), or COCO and LVIS json.
+"""Photos to train on: SA-1B as it is downloaded (folders or tars), or COCO and LVIS json; for encoders plain ones too.
 
 Every photo has an `id` and `read()`, whatever it lies in.
 """
@@ -51,6 +51,20 @@ class FilePhoto:
 
     def read(self) -> Content:
         return parse(self.path.read_bytes(), self.path.with_suffix(".json").read_bytes())
+
+
+@dataclass(frozen=True)
+class PlainPhoto:
+    """A photo that nobody annotated, upright."""
+
+    path: Path
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    def read(self) -> Content:
+        return read_image(self.path), []
 
 
 @dataclass(frozen=True)
@@ -109,11 +123,13 @@ def _span(file: Any, offset: int, size: int) -> bytes:
 # --- which photos there are ------------------------------------------------------------------------------------------
 
 
-def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -> list[TrainingPhoto]:
+def list_photos(
+    paths: Iterable[str | Path], images: str | Path | None = None, plain: bool = False
+) -> list[TrainingPhoto]:
     """The photos of folders (`NAME.jpg` + `NAME.json`, or tars), of tars, and of COCO or LVIS json with its `images`.
 
-    What had to be left out is said on stderr. FileNotFoundError or ValueError in one line for a path that is missing,
-    has none, or repeats an id.
+    plain: a folder's photos without a json are taken too. What had to be left out is said on stderr. FileNotFoundError
+    or ValueError in one line for a path that is missing, has none, or repeats an id.
     """
     photos: list[TrainingPhoto] = []
     for path in map(Path, paths):
@@ -122,7 +138,7 @@ def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -
         elif path.is_file():
             photos += _in_tars([path])
         else:
-            photos += _in_folder(path)
+            photos += _in_folder(path, plain)
     seen: set[str] = set()
     for photo in photos:
         if photo.id in seen:
@@ -131,12 +147,16 @@ def list_photos(paths: Iterable[str | Path], images: str | Path | None = None) -
     return photos
 
 
-def _pairs(names: Iterable[str]) -> tuple[list[tuple[str, str]], Counter[str]]:
-    """(photo, json) of the same name among paths, sorted, hidden ones left out, and how many are without the other."""
+def _pairs(names: Iterable[str], plain: bool = False) -> tuple[list[tuple[str, str]], Counter[str]]:
+    """(photo, json) of the same name among paths, sorted, hidden ones left out, and how many are without the other.
+
+    plain: a photo without a json comes with "".
+    """
     known = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}
     photos = sorted(name for name in known if name.lower().endswith(SUFFIXES))
     texts = {name for name in known if name.endswith(".json")}
-    pairs = [(name, text) for name in photos if (text := str(PurePosixPath(name).with_suffix(".json"))) in texts]
+    named = [(name, str(PurePosixPath(name).with_suffix(".json"))) for name in photos]
+    pairs = [(name, text if text in texts else "") for name, text in named if plain or text in texts]
     alone = {"photos without a json": len(photos) - len(pairs)}
     alone["json without a photo"] = len(texts - {text for _, text in pairs})
     return pairs, Counter({reason: n for reason, n in alone.items() if n})
@@ -148,20 +168,21 @@ def _say_left_out(place: Path, left_out: Counter[str]) -> None:
         tqdm.write(f"left out of {place}: {reasons}", file=sys.stderr)
 
 
-def _in_folder(folder: Path) -> list[TrainingPhoto]:
+def _in_folder(folder: Path, plain: bool) -> list[TrainingPhoto]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder or tar {folder}")
     files = {entry.name for entry in os.scandir(folder)}
     tars = sorted(name for name in files if name.endswith(".tar") and not name.startswith("."))
     if tars:
         return _in_tars([folder / name for name in tars])
-    pairs, left_out = _pairs(files)
+    pairs, left_out = _pairs(files, plain)
     if not pairs:
         packed = sorted(name for name in files if name.endswith(PACKED))
         hint = f"; {packed[0]} is compressed, unpack it first" if packed else ""
-        raise FileNotFoundError(f"{folder} has no photo with a .json beside it (SA-1B's layout), and no .tar{hint}")
+        what = "photo" if plain else "photo with a .json beside it (SA-1B's layout)"
+        raise FileNotFoundError(f"{folder} has no {what}, and no .tar{hint}")
     _say_left_out(folder, left_out)
-    return [FilePhoto(folder / name) for name, _ in pairs]
+    return [(FilePhoto if text else PlainPhoto)(folder / name) for name, text in pairs]
 
 
 def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:

@@ -234,7 +234,7 @@ def autocast(settings: TrainSettings) -> torch.autocast:
 def set_up(settings: TrainSettings, world: World) -> Run:
     """Read, check and build everything, and go on from the folder's last checkpoint if asked to."""
     cache = EmbeddingCache(settings.cache) if settings.cache else None
-    photos = list_photos(settings.data, settings.images)
+    photos = list_photos(settings.data, settings.images, plain=not settings.supervised)
     training, validation = choose_photos(photos, settings.fraction, settings.holdout, 0, MOST_VALIDATED)
     streamed = check_streamed(training, world.size * max(1, settings.workers))
     if settings.holdout and not validation and world.is_main:

@@ -14,7 +14,7 @@ from PIL import Image
 from pycocotools import mask as rle_tools
 
 from blsam.data.sa1b import choose_photos, list_photos, parse
-from blsam.data.views import TarViews, ViewSettings
+from blsam.data.views import TarViews, Views, ViewSettings
 from tests.photos import write_coco, write_photos, write_tars
 
 
@@ -86,6 +86,8 @@ def test_paths_that_do_not_do(photos, tmp_path):
     ):
         with pytest.raises((FileNotFoundError, ValueError), match=error):
             list_photos(paths)
+    with pytest.raises(FileNotFoundError, match="empty has no photo, and no .tar"):
+        list_photos([tmp_path / "empty"], plain=True)
     dotted = write_photos(tmp_path / "dotted", 1)
     for path in list(dotted.iterdir()):
         path.rename(dotted / f"a.b{path.suffix}")
@@ -123,6 +125,27 @@ def test_what_others_leave_in_folders_and_tars(photos, tmp_path, capsys):
     pytest.importorskip("webdataset")
     samples = list(islice(TarViews(found, ViewSettings(128, 2), 0, 1, 1, 0), 2))
     assert {sample.id for sample in samples} == {"sa_0", "sa_7"} and not any(sample.damaged for sample in samples)
+
+
+def test_plain_photos_are_taken_where_they_will_do(photos, tmp_path, capsys):
+    folder = write_photos(tmp_path / "some", 3)
+    (folder / "sa_1.json").rename(folder / "none.json")
+    (folder / "._sa_1.jpg").write_bytes(b"of macOS")
+    assert [photo.id for photo in list_photos([folder])] == ["sa_0", "sa_2"]
+    assert "1 photos without a json, 1 json without a photo" in capsys.readouterr().err
+    found = {photo.id: photo for photo in list_photos([folder], plain=True)}
+    assert capsys.readouterr().err == f"left out of {folder}: 1 json without a photo\n"
+    pixels, annotations = found["sa_1"].read()
+    assert list(found) == ["sa_0", "sa_1", "sa_2"] and annotations == [] and len(found["sa_2"].read()[1]) == 2
+    same = next(photo for photo in list_photos([photos]) if photo.id == "sa_1")
+    assert np.array_equal(pixels, same.read()[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(folder / "sa_1.jpg").save(folder / "sa_1.jpg", exif=exif)
+    assert found["sa_1"].read()[0].shape[:2] == pixels.shape[1::-1], "nobody's masks lie on it: upright"
+    (folder / "sa_1.jpg").write_bytes(b"")
+    views = Views(list(found.values()), ViewSettings(128, 2))
+    assert [views[i].id for i in range(3) if views[i].damaged] == ["sa_1"]
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])

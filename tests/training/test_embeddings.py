@@ -12,29 +12,21 @@ from blsam.data.sa1b import list_photos
 from blsam.training.embeddings import EmbeddingCache
 from blsam.training.loop import train
 from tests.helpers import ROOT
+from tests.photos import write_photos
 from tests.training.helpers import TEACHER, column
 
 CACHE_SCRIPT = ROOT / "scripts" / "cache_embeddings.py"
 
 
-def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
-    made = subprocess.run(
-        [sys.executable, str(CACHE_SCRIPT), "--teacher", "vit_t", "--teacher-checkpoint", str(TEACHER), "--data"]
-        + [
-            str(photos),
-            "--image-size",
-            "128",
-            "--views",
-            "1",
-            "--part-size",
-            "3",
-            "--output",
-            str(tmp_path / "cache"),
-        ],
-        capture_output=True,
-        text=True,
-    )
+def _cache(photos, folder, *more):
+    command = [sys.executable, str(CACHE_SCRIPT), "--teacher", "vit_t", "--teacher-checkpoint", str(TEACHER)]
+    command += ["--data", str(photos), "--image-size", "128", "--part-size", "3", "--output", str(folder), *more]
+    made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
+
+
+def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
+    _cache(photos, tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("part-*.safetensors"))) == 3
     one_epoch = replace(settings, steps=2)  # the cache repeats its views, a live run does not
     train(one_epoch)
@@ -53,3 +45,16 @@ def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
 
     with pytest.raises(ValueError, match="was made with image_size 128, this run has 192"):
         train(replace(one_epoch, cache=tmp_path / "cache", image_size=192, output=tmp_path / "other"))
+
+
+def test_an_encoder_learns_from_plain_photos(settings, tmp_path):
+    folder = write_photos(tmp_path / "some", 8)
+    for i in range(1, 8):
+        (folder / f"sa_{i}.json").unlink()
+    alone = replace(settings, data=(folder,), stage="encoder", distill_loss="mse", steps=2)
+    train(replace(alone, holdout=0.25, steps=1))
+    assert len((settings.output / "photos.txt").read_text().split()) == 6
+    assert (settings.output / "best.safetensors").is_file()
+    _cache(folder, tmp_path / "cache")
+    train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached"))
+    assert len(column(tmp_path / "cached", "fd")) == 2
