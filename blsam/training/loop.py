@@ -198,7 +198,7 @@ def measure(run: Run) -> tuple[dict[str, float], list[np.ndarray]]:
             for name, some in measured.values.items():
                 values.setdefault(f"val_{name}", []).extend(some)
             prime |= {i: [mask[j].cpu().numpy() for mask in measured.prime] for j, i in enumerate(mine)}
-    names = ("val_box", "val_click", "val_cosine")
+    names = ("val_box", "val_click", "val_cosine", "val_error")
     parts = run.world.gather((values, prime))
     together = {name: [v for found, _ in parts for v in found.get(name, [])] for name in names}
     masks = {i: one for _, found in parts for i, one in found.items()}

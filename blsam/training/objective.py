@@ -17,7 +17,7 @@ from ..distributed import Stopwatch
 from ..modeling.routing import Routing
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
-from .losses import DISTILLATION_LOSSES, mask_iou, supervised_loss
+from .losses import DISTILLATION_LOSSES, cosine_loss, mask_iou, relative_mse_loss, supervised_loss
 from .prompts import corrective_clicks, first_clicks, noisy_boxes
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
@@ -79,7 +79,8 @@ class Losses:
 @dataclass
 class Measured:
     """IoU of every object from its box and from one click (most confident of three, at the decoder's resolution),
-    cosine to the teacher of every image; prime tokens [B, H, W] bool of every stage."""
+    cosine to the teacher of every image and its error as a share of the teacher's variance; prime tokens [B, H, W] bool
+    of every stage."""
 
     values: dict[str, list[float]]
     prime: list[torch.Tensor]
@@ -179,8 +180,9 @@ class TrainedSam(nn.Module):
                 best = MULTI.start + scores[:, MULTI].argmax(1)
                 found[name] += mask_iou(logits[torch.arange(len(masks)), best][:, None], masks)[:, 0].tolist()
         if batch.target is not None:
-            distances = DISTILLATION_LOSSES["cosine"](embeddings, batch.target, _real(batch, embeddings))
-            found["cosine"] = (1 - distances)[batch.weights > 0].tolist()
+            good, given = batch.weights > 0, (embeddings, batch.target, _real(batch, embeddings))
+            found["cosine"] = (1 - cosine_loss(*given))[good].tolist()
+            found["error"] = relative_mse_loss(*given)[good].tolist()
         return Measured(found, [stage.mask for stage in routing.stages])
 
 
