@@ -22,10 +22,10 @@ from blsam import sam_model_registry
 from blsam.data.sa1b import choose_photos, list_photos
 from blsam.data.views import ViewSettings
 from blsam.files import sha256
-from blsam.options import Parser, add_option, check_folder, exit_status
+from blsam.options import Parser, add_option, check_folder, exit_status, parse_image_size
 from blsam.training.embeddings import write_embeddings
 from blsam.training.metrics import MOST_DAMAGED
-from blsam.training.teachers import TEACHERS, load_teacher
+from blsam.training.teachers import TEACHERS, finer_by, load_teacher, placed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,10 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="as of train_sam.py")
     add("--images", type=Path, metavar="DIR", help="where the photos of a .json lie")
     add("--fraction", type=float, default=1.0, metavar="F", help="a seeded share of the photos, 0.02: 2 %%")
-    add("--image-size", type=int, default=1024)
+    add_option(parser, "--image-size", default=1024, help="as of train_sam.py")
+    add("--teacher-size", type=parse_image_size, metavar="S", help="as of train_sam.py")
     add("--views", type=int, default=1, help="of each photo")
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=4)
+    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--compile", action="store_true", help="torch.compile of the teacher")
     add("--part-size", type=int, default=256, metavar="N", help="views a file")
     add_option(parser, "--device")
     add("--output", type=Path, required=True, metavar="DIR")
@@ -49,24 +52,27 @@ def main(argv: list[str] | None = None) -> int:
     check_folder("--output", args.output)
 
     photos, _ = choose_photos(list_photos(args.data, args.images, plain=True), args.fraction, holdout=0, seed=0)
-    teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, args.image_size)
+    finer, seen = finer_by(args.teacher_size, args.image_size), args.teacher_size or args.image_size
+    teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, seen)
     sam = sam_model_registry["vit_t"](image_size=args.image_size, device=args.device)  # for its preprocessing
     settings = {"teacher": args.teacher, "teacher_sha256": sha256(args.teacher_checkpoint)}
-    settings |= {"image_size": args.image_size, "views": args.views, "seed": args.seed}
+    settings |= {"image_size": args.image_size, "teacher_size": seen, "views": args.views, "seed": args.seed}
     total = len(photos) * args.views
-    print(f"{total} views, {total * 512 * (args.image_size // 16) ** 2 / 1e9:.1f} GB", file=sys.stderr)
+    print(f"{total} views, {total * 512 * (seen // 16) ** 2 / 1e9:.1f} GB", file=sys.stderr)
     damaged: list[str] = []
     writing = write_embeddings(
         args.output,
-        teacher.to(args.device),
+        placed(teacher, args.device, args.compile),
         decoder,
         sam,
         photos,
-        ViewSettings(args.image_size, 1, args.seed, args.views),  # 1 object, or crops would be drawn otherwise
+        # 1 object, or crops would be drawn otherwise
+        ViewSettings(args.image_size, 1, args.seed, args.views, finer=finer),
         settings,
         batch_size=args.batch_size,
         part_size=args.part_size,
         device=args.device,
+        bf16=args.precision == "bf16",
     )
     with tqdm(total=total, unit="view", disable=not sys.stderr.isatty()) as bar:
         for found in writing:

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from ..checkpoint import checked_path
 from ..config import CONFIGS
-from ..options import UsageError, add_option, check_folder, parse_ratios
+from ..options import UsageError, add_option, check_folder, parse_image_size, parse_ratios
 from ..training.loop import train
 from ..training.losses import DISTILLATION_LOSSES, MASK_LOSSES
 from ..training.parallel import STRATEGIES
@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--init", type=Path, help="checkpoint to start from, a calibrated one best; default: the teacher's weights")
     add("--teacher", choices=TEACHERS)
     add("--teacher-checkpoint", type=Path)
+    add("--teacher-size", type=parse_image_size, metavar="S", help="side of the frame that the teacher sees, a"
+        " multiple of --image-size; its embedding is averaged to the student's grid")  # fmt: skip
     add("--cache", type=Path, metavar="DIR", help="the teacher's embeddings, from scripts/cache_embeddings.py")
     add("--stage", choices=("all", "encoder"), help="encoder: L_fd alone, with the teacher's decoder")
     add("--train", choices=("all", "decoder"), help="decoder: the image encoder stays as it is")
@@ -145,6 +147,8 @@ def check_together(args: argparse.Namespace) -> None:
     """UsageError for options that want others, or exclude them."""
     if (args.teacher is None) != (args.teacher_checkpoint is None):
         raise UsageError("--teacher and --teacher-checkpoint go together")
+    if args.teacher_size is not None and (args.teacher is None or args.cache is not None):
+        raise UsageError("--teacher-size is of a --teacher; a --cache knows its own")
     taught = args.teacher is not None or args.cache is not None
     if args.stage == "encoder" and not taught:
         raise UsageError("--stage encoder learns from a --teacher or a --cache")

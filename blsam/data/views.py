@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as rle_tools
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
@@ -32,10 +33,10 @@ BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, SyntaxError, Mem
 class Sample:
     """One view of one photo. h, w: its true size in the S x S frame; P: objects.
 
-    image uint8 [3, h, w]; masks float [P, S/4, S/4], the share of each low-resolution pixel that is object;
-    boxes float [P, 4], x1 y1 x2 y2 in pixels of the S x S frame; key, what prompts are drawn from; target, the
-    teacher's embedding [256, S/16, S/16] if it was computed beforehand; damaged, what was wrong with the photo, if
-    anything was.
+    image uint8 [3, carried * h, carried * w] (`ViewSettings`); masks float [P, S/4, S/4], the share of each
+    low-resolution pixel that is object; boxes float [P, 4], x1 y1 x2 y2 in pixels of the S x S frame; key, what prompts
+    are drawn from; target, the teacher's embedding if it was computed beforehand; damaged, what was wrong with the
+    photo, if anything was.
     """
 
     image: torch.Tensor
@@ -50,13 +51,20 @@ class Sample:
 @dataclass(frozen=True)
 class ViewSettings:
     """Side of the frame in pixels; objects a view, 0: none is decoded; seed; how many different views of a photo
-    there are (0: a new one every epoch); where its teacher's embedding comes from, (id, view) -> tensor."""
+    there are (0: a new one every epoch); where its teacher's embedding comes from, (id, view) -> tensor; `finer`: pixels
+    of the teacher's frame along one of this, where the teacher sees more."""
 
     image_size: int
     max_objects: int
     seed: int = 0
     views: int = 0
     targets: Callable[[str, int], torch.Tensor] | None = None
+    finer: int = 1
+
+    @property
+    def carried(self) -> int:
+        """Pixels of a sample's image along one of the frame: once the teacher has answered nobody needs more than one."""
+        return 1 if self.targets else self.finer
 
 
 def view_key(seed: int, epoch: int, photo: str) -> int:
@@ -75,15 +83,17 @@ def make_view(photo: str, read: Callable[[], Any], epoch: int, settings: ViewSet
     except BROKEN as error:
         reason = f"{photo}: {type(error).__name__} {error}".splitlines()[0]
         return damaged(photo, key, settings, reason)
-    target = settings.targets(photo, epoch) if settings.targets else None
-    return replace(sample, id=photo, key=key, target=target)
+    if settings.targets is None:
+        return replace(sample, id=photo, key=key)
+    image = F.avg_pool2d(sample.image.float(), settings.finer).round().byte()
+    return replace(sample, image=image, id=photo, key=key, target=settings.targets(photo, epoch))
 
 
 def damaged(photo: str, key: int, settings: ViewSettings, reason: str) -> Sample:
     """A black view without objects."""
-    size, low = settings.image_size, settings.image_size // LOW_RES
-    target = torch.zeros(256, size // 16, size // 16) if settings.targets else None
-    black = torch.zeros(3, size, size, dtype=torch.uint8)
+    low, side = settings.image_size // LOW_RES, settings.image_size * settings.carried
+    black = torch.zeros(3, side, side, dtype=torch.uint8)
+    target = torch.zeros_like(settings.targets(photo, 0)) if settings.targets else None
     return Sample(black, torch.zeros(0, low, low), torch.zeros(0, 4), photo, key, target, reason)
 
 
@@ -114,7 +124,8 @@ def _crop(pixels: np.ndarray, annotations: list[dict], settings: ViewSettings, r
     # a multiple of LOW_RES, so that the low-resolution masks lie exactly over the image
     new_h, new_w = (max(1, min(size, round(n * scale)) // LOW_RES) * LOW_RES for n in (crop_h, crop_w))
 
-    image = cv2.resize(np.ascontiguousarray(pixels[window]), (new_w, new_h), interpolation=cv2.INTER_LINEAR)
+    shape = (new_w * settings.finer, new_h * settings.finer)
+    image = cv2.resize(np.ascontiguousarray(pixels[window]), shape, interpolation=cv2.INTER_LINEAR)
     image = _colour(image[:, ::-1] if mirror else image, rng)
     masks, boxes = [], []
     weight = np.array([max(a["area"], 1) for a in annotations], float) ** 0.4

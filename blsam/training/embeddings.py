@@ -1,8 +1,8 @@
 """A teacher's embeddings on disk: computed once, read by training, so that no teacher has to be in memory.
 
-A folder of `part-N.safetensors` (half precision, one tensor [256, S/16, S/16] a view, named `ID@VIEW`) and
-`index.json`, which says what they were made from and in which part each view lies. 2 MB a view at 1024. The teacher's
-decoder lies beside them, for students of the encoder alone.
+A folder of `part-N.safetensors` (half precision, one tensor [256, T/16, T/16] a view, T the side of the teacher's frame,
+named `ID@VIEW`) and `index.json`, which says what they were made from and in which part each view lies. 2 MB a view at
+1024. The teacher's decoder lies beside them, for students of the encoder alone.
 
 No `Encoded`: a view has no photo of its own to be prompted on, a teacher no routing, and half precision does for a
 target; millions of views want few files.
@@ -25,13 +25,13 @@ from ..data.sa1b import TrainingPhoto
 from ..data.views import ViewSettings, make_view
 from ..files import write_atomically, write_text
 from ..modeling.sam import Sam
-from .objective import to_batch
+from .objective import framed
 
 INDEX, UNFINISHED, DECODER = "index.json", "unfinished.json", "decoder.safetensors"
 
 
 class EmbeddingCache:
-    """The embeddings of a folder: `cache(id, view)` -> [256, S/16, S/16] half; `settings` as they were written.
+    """The embeddings of a folder: `cache(id, view)` -> [256, T/16, T/16] half; `settings` as they were written.
 
     FileNotFoundError or ValueError in one line.
     """
@@ -85,6 +85,7 @@ def write_embeddings(
     batch_size: int,
     part_size: int,
     device: torch.device,
+    bf16: bool = False,
 ) -> Iterator[list[str]]:
     """Write the embeddings of `views.views` views of each photo; yields what was damaged, batch after batch.
 
@@ -103,8 +104,8 @@ def write_embeddings(
         found: dict[str, torch.Tensor] = {}
         for i in range(0, len(part), batch_size):
             samples = [make_view(photo.id, photo.read, view, views) for photo, view in part[i : i + batch_size]]
-            target = to_batch(samples, sam, device, teacher).target
-            assert target is not None  # it is the teacher's
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                target = teacher(framed(samples, sam, device, views.carried))
             for (photo, view), one in zip(part[i : i + batch_size], target.half().cpu()):
                 found[f"{photo.id}@{view}"] = one.contiguous()
             yield [sample.damaged for sample in samples if sample.damaged]

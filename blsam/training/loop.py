@@ -34,7 +34,7 @@ from .optim import Average, optimizer_of, rate
 from .parallel import last_pass_only, prepare
 from .run_folder import RunFolder
 from .settings import TrainSettings
-from .teachers import load_teacher
+from .teachers import finer_by, load_teacher, placed
 
 MOST_VALIDATED = 200  # photos
 ENDLESS = 10**7  # steps, where minutes end the run
@@ -141,7 +141,7 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows)
         with last_pass_only(run.model, i == settings.accumulate - 1):
             with autocast(settings):
                 with watch("teacher"):
-                    batch = to_batch(given, run.sam, settings.device, run.teacher)
+                    batch = to_batch(given, run.sam, settings.device, run.teacher, run.views.carried)
                 losses: Losses = run.model(batch, keep, watch=watch)
             with watch(backward):
                 (losses.loss / settings.accumulate).backward()
@@ -192,7 +192,7 @@ def measure(run: Run) -> tuple[dict[str, float], list[np.ndarray]]:
         given = [held_out[i] for i in mine or [0]]
         run.damaged.count(given)
         with autocast(settings):
-            batch = to_batch(given, run.sam, settings.device, run.teacher)
+            batch = to_batch(given, run.sam, settings.device, run.teacher, run.views.carried)
             measured = run.model(batch, settings.keep_ratio[0], measure=True)
         if mine:
             for name, some in measured.values.items():
@@ -243,10 +243,12 @@ def set_up(settings: TrainSettings, world: World) -> Run:
     ids = {"photos.txt": [photo.id for photo in training], "validation.txt": [photo.id for photo in validation]}
     # the cache's views were drawn until an object was in them, so ours must be
     objects = settings.max_objects if settings.supervised else int(cache is not None)
-    views = ViewSettings(settings.image_size, objects, settings.seed)
+    views, seen = ViewSettings(settings.image_size, objects, settings.seed), settings.teacher_size
     if cache is not None:
         _check_cache(cache, settings, training + validation)
         views = replace(views, views=cache.settings["views"], targets=cache)
+        seen = cache.settings.get("teacher_size")
+    views = replace(views, finer=finer_by(seen, settings.image_size))
 
     sam, teacher = build_models(settings, cache)
     objective = Objective(
@@ -300,10 +302,9 @@ def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple
     decoder: dict[str, torch.Tensor] = {}
     if settings.teacher is not None and cache is None:
         assert settings.teacher_checkpoint is not None  # they go together
-        teacher, decoder = load_teacher(settings.teacher, settings.teacher_checkpoint, settings.image_size)
-        teacher = teacher.to(settings.device, memory_format=torch.channels_last)
-        if settings.compile:
-            teacher = torch.compile(teacher, options={"freezing": True})
+        seen = settings.teacher_size or settings.image_size
+        teacher, decoder = load_teacher(settings.teacher, settings.teacher_checkpoint, seen)
+        teacher = placed(teacher, settings.device, settings.compile is not None)
     elif cache is not None:
         decoder, _ = read(cache.decoder)
     start = settings.init or (settings.teacher_checkpoint if settings.teacher in CONFIGS else None)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..data.views import Sample
@@ -39,20 +40,40 @@ class Batch:
     target: torch.Tensor | None = None
 
 
-def to_batch(samples: Sequence[Sample], sam: Sam, device: torch.device, teacher: nn.Module | None = None) -> Batch:
-    """Samples on the device, with the teacher's embedding from the samples or from the teacher itself."""
-    images = torch.stack([sam.preprocess(sample.image.to(device).float()) for sample in samples])
-    sizes = [(sample.image.shape[-2], sample.image.shape[-1]) for sample in samples]
+def to_batch(
+    samples: Sequence[Sample], sam: Sam, device: torch.device, teacher: nn.Module | None = None, carried: int = 1
+) -> Batch:
+    """Samples on the device, with the teacher's embedding from the samples or from the teacher itself.
+
+    carried: pixels of the samples along one of the student's frame, which it gets the means of. Of an embedding on a
+    finer grid than the student's it learns the means.
+    """
+    full = framed(samples, sam, device, carried)
+    images = F.avg_pool2d(full, carried)
+    sizes = [(s.image.shape[-2] // carried, s.image.shape[-1] // carried) for s in samples]
     weights = torch.tensor([float(not sample.damaged) for sample in samples], device=device)
     objects = [(s.masks.to(device), s.boxes.to(device)) for s in samples]
     batch = Batch(images, sizes, objects, [s.key for s in samples], weights)
-    targets = [s.target for s in samples if s.target is not None]  # of all, or of none
+    # of all, or of none; float32 first: bfloat16's autocast on a CPU does not know half precision
+    targets = [s.target.to(device).float() for s in samples if s.target is not None]
     if targets:
-        batch.target = torch.stack(targets).to(device).float()
+        batch.target = _on_grid_of(sam, torch.stack(targets))
     elif teacher is not None:
         with torch.no_grad():
-            batch.target = teacher(images).float()
+            batch.target = _on_grid_of(sam, teacher(full).float())
     return batch
+
+
+def framed(samples: Sequence[Sample], sam: Sam, device: torch.device, carried: int) -> torch.Tensor:
+    """The samples' images, normalised and padded as SAM does, to [B, 3, carried * S, carried * S]."""
+    side = carried * sam.image_encoder.img_size
+    normal = [(sample.image.to(device).float() - sam.pixel_mean) / sam.pixel_std for sample in samples]
+    return torch.stack([F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2])) for x in normal])
+
+
+def _on_grid_of(sam: Sam, target: torch.Tensor) -> torch.Tensor:
+    """A teacher's embedding [B, 256, n * h, n * w] in means of n x n cells, as many as the student's has."""
+    return F.avg_pool2d(target, target.shape[-1] // sam.prompt_encoder.image_embedding_size[0])
 
 
 @dataclass(frozen=True)
@@ -180,9 +201,9 @@ class TrainedSam(nn.Module):
                 best = MULTI.start + scores[:, MULTI].argmax(1)
                 found[name] += mask_iou(logits[torch.arange(len(masks)), best][:, None], masks)[:, 0].tolist()
         if batch.target is not None:
-            good, given = batch.weights > 0, (embeddings, batch.target, _real(batch, embeddings))
-            found["cosine"] = (1 - cosine_loss(*given))[good].tolist()
-            found["error"] = relative_mse_loss(*given)[good].tolist()
+            good, both = batch.weights > 0, (embeddings, batch.target, _real(batch, embeddings))
+            found["cosine"] = (1 - cosine_loss(*both))[good].tolist()
+            found["error"] = relative_mse_loss(*both)[good].tolist()
         return Measured(found, [stage.mask for stage in routing.stages])
 
 

@@ -32,6 +32,7 @@ class TrainSettings:
     init: Path | None = None
     teacher: str | None = None
     teacher_checkpoint: Path | None = None
+    teacher_size: int | None = None
     cache: Path | None = None
     train: str = "all"
     stage: str = "all"

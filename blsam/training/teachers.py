@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,19 @@ def load_teacher(name: str, checkpoint: str | Path, image_size: int) -> tuple[nn
         encoder, state = sam.image_encoder, sam.state_dict()
     decoder = {key: value for key, value in state.items() if key.startswith(DECODER_PARTS)}
     return encoder.eval().requires_grad_(False), decoder
+
+
+def finer_by(teacher_size: int | None, image_size: int) -> int:
+    """Pixels of the teacher's frame along one of the student's (None: 1); ValueError unless it is a whole number."""
+    if (teacher_size or image_size) % image_size:
+        raise ValueError(f"--teacher-size {teacher_size} is not a multiple of --image-size {image_size}")
+    return (teacher_size or image_size) // image_size
+
+
+def placed(teacher: nn.Module, device: torch.device, compiled: bool) -> Any:
+    """A teacher's encoder where and how it is to run."""
+    teacher = teacher.to(device).to(memory_format=torch.channels_last)
+    return torch.compile(teacher, options={"freezing": True}) if compiled else teacher
 
 
 def _mobile_sam_encoder(image_size: int) -> nn.Module:

@@ -40,6 +40,7 @@ def test_a_restart_goes_on_in_the_folder_that_it_began_alone(tmp_path, monkeypat
         (["--steps", "1"], "blsam_vit_t starts from --init or from a dense --teacher"),
         (["--steps", "1", "--init", "a.pth", "--train", "decoder", "--cache", "c"], "has nothing to teach"),
         (["--steps", "1", "--init", "a.pth", "--stage", "encoder"], "learns from a --teacher or a --cache"),
+        (["--steps", "1", "--cache", "c", "--teacher-size", "2048"], "a --cache knows its own"),
         (["--steps", "1", "--keep-ratio", "0.5,2"], "keep ratios lie in"),
         (["--minutes", "inf"], "--minutes must be a finite number"),
         (["--epochs", "nan"], "--epochs must be a finite number"),

@@ -7,10 +7,11 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from blsam.data.sa1b import list_photos
-from blsam.data.views import TarViews, Views, ViewSettings, batches
+from blsam.data.views import TarViews, Views, ViewSettings, batches, make_view
 from tests.photos import write_photos, write_tars
 
 SETTINGS = ViewSettings(image_size=128, max_objects=4, seed=3)
@@ -33,6 +34,19 @@ def test_views_depend_on_seed_epoch_and_photo_alone(photos):
     assert not _same(again, by_id["sa_0"])
     few = Views(list_photos([photos]), ViewSettings(128, 4, 3, views=1))
     assert all(_same(few[i], by_id[few[i].id]) for i in range(8, 12))  # epoch 1 shows the only view
+
+
+def test_a_finer_view_is_the_same_view(photos):
+    cached = ViewSettings(128, 4, 3, finer=2, targets=lambda photo, view: torch.ones(256, 16, 16))
+    settings = (ViewSettings(128, 4, 3), ViewSettings(128, 4, 3, finer=2), cached)
+    plain, finer, taught = (Views(list_photos([photos]), one) for one in settings)
+    for i in range(4):
+        one, two, three = plain[i], finer[i], taught[i]
+        assert torch.equal(one.masks, two.masks) and torch.equal(one.boxes, two.boxes) and one.key == two.key
+        assert two.image.shape[1:] == (2 * one.image.shape[1], 2 * one.image.shape[2])
+        means = F.avg_pool2d(two.image.float(), 2)
+        assert torch.corrcoef(torch.stack([means.flatten(), one.image.flatten().float()]))[0, 1] > 0.98
+        assert torch.equal(three.image, means.round().byte()) and len(three.target) == 256
 
 
 def test_boxes_enclose_their_masks(photos):
@@ -78,6 +92,10 @@ def test_a_stream_goes_on_where_it_was(tars, workers):
     assert read(6, 3) == read(0, 6)[6:]
 
 
+def _broken():
+    raise OSError("no photo")
+
+
 def test_damaged_photos_are_black_and_named(photos, tmp_path):
     folder = write_photos(tmp_path / "some", 5)
     (folder / "sa_0.jpg").write_bytes((folder / "sa_0.jpg").read_bytes()[:2000])
@@ -90,6 +108,9 @@ def test_damaged_photos_are_black_and_named(photos, tmp_path):
     assert [name for name in sorted(found) if found[name].damaged] == ["sa_0", "sa_1", "sa_2", "sa_3"]
     assert found["sa_0"].damaged.startswith("sa_0: ValueError the photo is damaged") and not found["sa_0"].image.any()
     assert not len(found["sa_1"].masks)
+    for targets, side in ((None, 256), (lambda photo, view: torch.ones(256, 16, 16), 128)):
+        view = make_view("a", _broken, 0, ViewSettings(128, 4, finer=2, targets=targets))
+        assert view.damaged and view.image.shape == (3, side, side) and (view.target is None or not view.target.any())
 
 
 def test_what_a_tar_lost_is_named(photos, tmp_path):

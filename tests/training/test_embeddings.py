@@ -9,6 +9,7 @@ import torch
 
 from blsam import sam_model_registry
 from blsam.data.sa1b import list_photos
+from blsam.data.views import Views, ViewSettings
 from blsam.training.embeddings import EmbeddingCache
 from blsam.training.loop import train
 from tests.helpers import ROOT
@@ -35,8 +36,6 @@ def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
     assert (live - cached).abs().max() < 1e-3, (live, cached)
 
     cache, teacher = EmbeddingCache(tmp_path / "cache"), sam_model_registry["vit_t"](TEACHER, image_size=128)
-    from blsam.data.views import Views, ViewSettings
-
     sample = Views(list_photos([photos]), ViewSettings(128, 8))[3]
     with torch.no_grad():
         expected = teacher.image_encoder(teacher.preprocess(sample.image.float())[None])[0]
@@ -45,6 +44,17 @@ def test_a_teacher_on_disk_teaches_the_same(settings, photos, tmp_path):
 
     with pytest.raises(ValueError, match="was made with image_size 128, this run has 192"):
         train(replace(one_epoch, cache=tmp_path / "cache", image_size=192, output=tmp_path / "other"))
+
+
+def test_a_teacher_may_see_more_than_its_student(settings, photos, tmp_path):
+    alone = replace(settings, stage="encoder", distill_loss="mse", steps=2)
+    train(replace(alone, teacher_size=256))
+    _cache(photos, tmp_path / "cache", "--teacher-size", "256")
+    assert EmbeddingCache(tmp_path / "cache")("sa_0", 0).shape == (256, 16, 16)
+    train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached"))
+    train(replace(alone, output=tmp_path / "plain"))
+    live, cached, plain = (column(tmp_path / name, "loss") for name in ("run", "cached", "plain"))
+    assert (live - cached).abs().max() < 1e-2 and (live - plain).abs().min() > 0.01, (live, cached, plain)
 
 
 def test_an_encoder_learns_from_plain_photos(settings, tmp_path):
@@ -56,5 +66,5 @@ def test_an_encoder_learns_from_plain_photos(settings, tmp_path):
     assert len((settings.output / "photos.txt").read_text().split()) == 6
     assert len(column(settings.output, "val_error")) == 2 and (settings.output / "best.safetensors").is_file()
     _cache(folder, tmp_path / "cache")
-    train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached"))
+    train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached", precision="bf16"))
     assert len(column(tmp_path / "cached", "fd")) == 2

@@ -7,7 +7,7 @@ import torch
 
 from blsam.checkpoint import CheckpointError
 from blsam.options import shipped_checkpoint
-from blsam.training.teachers import load_teacher
+from blsam.training.teachers import finer_by, load_teacher
 
 
 @torch.no_grad()
@@ -42,3 +42,9 @@ def test_other_checkpoints_and_a_missing_package_are_named(monkeypatch):
     pytest.importorskip("mobile_sam")
     with pytest.raises(CheckpointError, match="not a MobileSAM checkpoint"):
         load_teacher("mobile_sam", shipped_checkpoint("vit_t"), 128)
+
+
+def test_the_frame_of_a_teacher():
+    assert (finer_by(None, 512), finer_by(512, 512), finer_by(1536, 512)) == (1, 1, 3)
+    with pytest.raises(ValueError, match="--teacher-size 1536 is not a multiple of --image-size 1024"):
+        finer_by(1536, 1024)
