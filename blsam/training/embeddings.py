@@ -90,10 +90,12 @@ def write_embeddings(
     """Write the embeddings of `views.views` views of each photo; yields what was damaged, batch after batch.
 
     `teacher` and `decoder` as `load_teacher` gives them; of `sam` the preprocessing alone is used.
-    Parts that an earlier run finished are kept; ValueError if that run had other settings. The index comes last.
+    Parts that an earlier run finished are kept, those of fewer views too; ValueError if that run had other settings.
+    The index comes last.
     """
-    names = [(photo, view) for photo in photos for view in range(views.views)]
-    parts = [names[i : i + part_size] for i in range(0, len(names), part_size)]
+    # no part holds two views, so that more views come after those that are there
+    by_view = [[(photo, view) for photo in photos] for view in range(views.views)]
+    parts = [names[i : i + part_size] for names in by_view for i in range(0, len(names), part_size)]
     index = {"settings": settings, "parts": [[f"{photo.id}@{view}" for photo, view in part] for part in parts]}
     _check_unfinished(folder, index)
     for number, part in enumerate(parts):
@@ -119,6 +121,12 @@ def _check_unfinished(folder: Path, index: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in (INDEX, UNFINISHED):
         path = folder / name
-        if path.is_file() and json.loads(path.read_text()) != json.loads(json.dumps(index)):
+        if path.is_file() and not _begins(json.loads(path.read_text()), json.loads(json.dumps(index))):
             raise ValueError(f"{folder} holds embeddings of another teacher, other photos or other settings")
     write_text(folder / UNFINISHED, json.dumps(index))
+
+
+def _begins(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether what one index names comes first in the other, made in the same way."""
+    same = old["settings"] | {"views": 0} == new["settings"] | {"views": 0}
+    return same and old["parts"] == new["parts"][: len(old["parts"])]

@@ -10,7 +10,7 @@ import torch
 from blsam import sam_model_registry
 from blsam.data.sa1b import list_photos
 from blsam.data.views import Views, ViewSettings
-from blsam.training.embeddings import EmbeddingCache
+from blsam.training.embeddings import EmbeddingCache, write_embeddings
 from blsam.training.loop import train
 from tests.helpers import ROOT
 from tests.photos import write_photos
@@ -68,3 +68,26 @@ def test_an_encoder_learns_from_plain_photos(settings, tmp_path):
     _cache(folder, tmp_path / "cache")
     train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached", precision="bf16"))
     assert len(column(tmp_path / "cached", "fd")) == 2
+
+
+def test_more_views_are_added_to_those_that_are_there(photos, tmp_path):
+    teacher, sam = torch.nn.Conv2d(3, 256, 16, 16, bias=False), sam_model_registry["vit_t"](image_size=64)
+
+    def write(views, **other):
+        settings = {"image_size": 64, "views": views} | other
+        how = {"batch_size": 2, "part_size": 3, "device": torch.device("cpu")}
+        known = list_photos([photos])[:4]
+        list(write_embeddings(tmp_path, teacher, {}, sam, known, ViewSettings(64, 1, 0, views), settings, **how))
+        return EmbeddingCache(tmp_path)
+
+    write(1)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("part-*")}
+    cache = write(2)
+    assert len(before) == 2 and len(list(tmp_path.glob("part-*"))) == 4
+    assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in before.items())
+    assert len(cache.parts) == 8 and not torch.equal(cache("sa_0", 0), cache("sa_0", 1))
+    sample = Views(list_photos([photos])[:4], ViewSettings(64, 1, 0, 2, cache))[5]
+    assert torch.equal(sample.target, cache(sample.id, 1))
+    for other in ({"views": 1}, {"views": 2, "teacher_sha256": "other"}):
+        with pytest.raises(ValueError, match="another teacher, other photos or other settings"):
+            write(**other)
