@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         build_sam_vit_h,
         build_sam_vit_l,
         build_sam_vit_t,
+        build_sam_vit_t_fine,
         sam_model_registry,
     )
     from .predictor import SamPredictor
@@ -42,6 +43,7 @@ _HOMES = {
     "build_sam_vit_h": "build_sam",
     "build_sam_vit_l": "build_sam",
     "build_sam_vit_t": "build_sam",
+    "build_sam_vit_t_fine": "build_sam",
     "install": "swap",
     "sam_model_registry": "build_sam",
     "uninstall": "swap",

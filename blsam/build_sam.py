@@ -49,7 +49,7 @@ def build_sam(
     if image_size is None:
         image_size = 1024 if state is None else ckpt.image_size_of(state)
 
-    side = image_size // PATCH
+    side = image_size // PATCH * config.grow
     sam = Sam(
         ImageEncoder(config, image_size, keep_ratio),
         PromptEncoder(
@@ -97,6 +97,7 @@ build_sam_vit_h = _builder("vit_h")
 build_sam_vit_l = _builder("vit_l")
 build_sam_vit_b = _builder("vit_b")
 build_sam_vit_t = _builder("vit_t")
+build_sam_vit_t_fine = _builder("vit_t_fine")
 build_blsam_vit_h = _builder("blsam_vit_h")
 build_blsam_vit_l = _builder("blsam_vit_l")
 build_blsam_vit_b = _builder("blsam_vit_b")
@@ -108,6 +109,7 @@ sam_model_registry: dict[str, Builder] = {
     "vit_l": build_sam_vit_l,
     "vit_b": build_sam_vit_b,
     "vit_t": build_sam_vit_t,
+    "vit_t_fine": build_sam_vit_t_fine,
     "blsam_vit_h": build_blsam_vit_h,
     "blsam_vit_l": build_blsam_vit_l,
     "blsam_vit_b": build_blsam_vit_b,

@@ -23,12 +23,14 @@ from .checkpoint_layouts import State, describe, find_state
 from .config import CONFIGS, EncoderConfig
 from .files import write_atomically
 from .modeling.attention import resampled
-from .modeling.image_encoder import NEW as ENCODER_NEW
+from .modeling.image_encoder import ADDED as ADDED_TO_ENCODER
 from .modeling.windows import PATCH
 
 SUFFIXES = (".safetensors", ".pth", ".pt")  # that are written
-# The keys that SAM does not have; all others keep SAM's names.
-NEW = re.compile(r"image_encoder\." + ENCODER_NEW.pattern)
+# The keys that SAM does not have, by what adds them, and all of them; all others keep SAM's names.
+ADDED = {what: re.compile(r"image_encoder\." + names) for what, names in ADDED_TO_ENCODER.items()}
+NEW = re.compile("|".join(keys.pattern for keys in ADDED.values()))
+MADE_FOR = {"routing": "a blsam_* model", "grow": "a model with a finer embedding, as vit_t_fine"}
 
 
 def read(path: str | Path, config: EncoderConfig | None = None) -> tuple[State, dict[str, str]]:
@@ -102,16 +104,20 @@ def load(model: nn.Module, config: EncoderConfig, state: State, source: str = "t
     tables = tuple(f"image_encoder.blocks.{i}." for i in config.global_layers)
     state = {k: resample(k, v, own[k].shape, k.startswith(tables)) if k in own else v for k, v in state.items()}
     missing = [key for key in own if key not in state]
-    new = [key for key in own if NEW.match(key)]
     if any(not NEW.match(key) for key in missing):
         raise CheckpointError(f"{source} lacks {_names(k for k in missing if not NEW.match(k))}")
-    if missing and missing != new:
-        raise CheckpointError(
-            f"{source} has some of the keys that {config.name} adds to SAM, but lacks {_names(missing)}"
-        )
+    for keys in ADDED.values():  # all of a kind, or none
+        lost = [key for key in missing if keys.match(key)]
+        if lost and any(key in state for key in own if keys.match(key)):
+            raise CheckpointError(
+                f"{source} has some of the keys that {config.name} adds to SAM, but lacks {_names(lost)}"
+            )
     unexpected = [key for key in state if key not in own]
     if unexpected:
-        hint = "; it was made for a blsam_* model" if not config.routed and any(map(NEW.match, unexpected)) else ""
+        foreign = [
+            what for what, keys in ADDED.items() if any(map(keys.match, unexpected)) and not any(map(keys.match, own))
+        ]
+        hint = f"; it was made for {MADE_FOR[foreign[0]]}" if foreign else ""
         raise CheckpointError(f"{source} has keys that {config.name} does not know: {_names(unexpected)}{hint}")
     odd = [k for k in state if state[k].shape != own[k].shape]
     if odd:

@@ -19,7 +19,8 @@ OUT_CHANNELS = 256  # of the embedding: what SAM's decoder expects
 class EncoderConfig:
     """An image encoder. With no `predictor_layers` it is SAM's own (exact), otherwise big.LITTLE.
 
-    The last four fields exist for ablations and are off in every preset:
+    `grow`: cells of the embedding along a token's side, 1 as in SAM, 2 or 4 (ours: at half the input size a student
+    answers on the grid of its teacher). The last four fields exist for ablations and are off in every preset:
     `fuse` "block" runs both P sublayers before one fusion (the paper's figure 2; "sublayer" is its Algorithm 1),
     `semi_cross` False takes keys and values from the prime tokens alone, `e_block` False leaves the narrow blocks out,
     `score` "norm" or "random" replaces the importance predictor when tokens are chosen (`modeling.routing.SCORERS`).
@@ -36,6 +37,7 @@ class EncoderConfig:
     e_global_heads: int | None = None  # of the narrow attention over the whole image; None: e_heads
     e_layers: tuple[int, ...] = ()
     predictor_layers: tuple[int, ...] = ()
+    grow: int = 1
     fuse: str = "sublayer"
     semi_cross: bool = True
     e_block: bool = True
@@ -52,6 +54,8 @@ class EncoderConfig:
         unrouted = [i for i in self.e_layers if self.stage_of(i) is None]
         if unrouted:
             raise ValueError(f"E-blocks on layers {unrouted}, which lie before the first predictor and run in full")
+        if self.grow not in (1, 2, 4):
+            raise ValueError(f"grow must be 1, 2 or 4, is {self.grow!r}")
         if self.fuse not in FUSE:
             raise ValueError(f"fuse must be one of {FUSE}, is {self.fuse!r}")
 
@@ -92,7 +96,7 @@ class EncoderConfig:
         if not self.routed:
             return self
         name, layers = self.name.removeprefix("blsam_"), self.global_layers
-        return EncoderConfig(name, self.dim, self.depth, self.heads, layers, self.window)
+        return EncoderConfig(name, self.dim, self.depth, self.heads, layers, self.window, grow=self.grow)
 
 
 def _every(first: int, last: int, step: int = 1) -> tuple[int, ...]:
@@ -111,6 +115,7 @@ CONFIGS: dict[str, EncoderConfig] = {
         _L,
         _B,
         _T,
+        replace(_T, name="vit_t_fine", grow=2),
         replace(
             _H, name="blsam_vit_h", e_dim=768, e_heads=12, e_layers=_every(9, 31, 2), predictor_layers=(8, 16, 24)
         ),

@@ -70,7 +70,7 @@ class Identity:
 class Encoded:
     """An encoded photo.
 
-    features: the embedding, float32 [1, 256, S/16, S/16]. routing: which tokens were prime, without stages for an exact
+    features: the embedding, float32 [1, 256, h, w]. routing: which tokens were prime, without stages for an exact
     model. input_size (h, w): what the photo covers of the encoder's square, in pixels. original_size (H, W): the photo's.
     """
 

@@ -71,8 +71,7 @@ class SamPredictor(_SamPredictor):
 
     def set_encoded(self, encoded: Encoded) -> None:
         """Let `predict` work on a photo that this model encoded before; the encoder does not run."""
-        side = self.model.image_encoder.img_size // 16
-        wanted = (1, OUT_CHANNELS, side, side)
+        wanted = (1, OUT_CHANNELS, *self.model.prompt_encoder.image_embedding_size)
         if encoded.features.shape != wanted:
             raise ValueError(
                 f"the embedding must be {list(wanted)}, is {list(encoded.features.shape)}: another model's"

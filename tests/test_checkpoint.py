@@ -47,6 +47,24 @@ def test_sams_state_loads_strictly_into_a_routed_model():
         assert torch.equal(routed.state_dict()[key], value), key
 
 
+def test_what_grow_adds_is_new_by_itself():
+    """SAM's weights, and those of either kind that has one of the two: routing, a finer embedding."""
+    fine = replace(TINY, grow=2)
+    key = "image_encoder.neck.grow.weight"
+    for config, new in (
+        (TINY_EXACT, lambda k: ckpt.NEW.match(k)),
+        (TINY, lambda k: k == key),
+        (fine.dense, lambda k: ckpt.NEW.match(k) and k != key),
+        (fine, lambda k: False),
+    ):
+        state = make(config).state_dict()
+        model = build_sam(fine, image_size=160)
+        missing = ckpt.load(model, fine, state)
+        assert missing == [k for k in model.state_dict() if new(k)], config
+        assert all(torch.equal(model.state_dict()[k], value) for k, value in state.items())
+    refused(make(fine).state_dict(), message="does not know: image_encoder.neck.grow.weight; .*a finer embedding, as")
+
+
 def refused(state, config=TINY, message=""):
     with pytest.raises(ckpt.CheckpointError, match=message):
         ckpt.load(build_sam(config, image_size=160), config, state)
@@ -76,7 +94,7 @@ def test_what_does_not_fit_is_refused_by_name():
 
 def test_another_width_names_the_model_it_fits(tmp_path):
     torch.save(sam_model_registry["vit_t"](image_size=64).state_dict(), tmp_path / "t.pth")
-    with pytest.raises(ckpt.CheckpointError, match="it fits vit_t or blsam_vit_t"):
+    with pytest.raises(ckpt.CheckpointError, match="it fits vit_t or vit_t_fine or blsam_vit_t"):
         sam_model_registry["vit_b"](tmp_path / "t.pth", image_size=64)
 
 

@@ -32,7 +32,7 @@ def test_layers(name):
         for i in range(config.depth)
     ]
     assert " ".join(layers) == GOLDEN[name]
-    dim, heads, window, e_dim, e_heads = SIZES[name[-1]]
+    dim, heads, window, e_dim, e_heads = SIZES[name.removesuffix("_fine")[-1]]
     assert (config.dim, config.heads, config.window) == (dim, heads, window)
     if config.routed:
         assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
@@ -41,6 +41,7 @@ def test_layers(name):
     assert config.dense == CONFIGS[name.removeprefix("blsam_")]
     stages = [None, *range(len(config.predictor_layers))]
     assert [i for stage in stages for i in config.layers_of(stage)] == list(range(config.depth))
+    assert config.grow == (2 if name.endswith("_fine") else 1)
     assert (config.fuse, config.semi_cross, config.e_block, config.score) == ("sublayer", True, True, "predictor")
 
 
@@ -51,6 +52,7 @@ def test_impossible_rows_are_refused():
         {"e_global_heads": 5},
         {"e_layers": (0,)},
         {"fuse": "never"},
+        {"grow": 3},
         {"predictor_layers": (3, 0)},
     ):
         with pytest.raises(ValueError):

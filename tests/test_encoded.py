@@ -102,6 +102,23 @@ def test_another_model_s_is_refused_in_one_line(other, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_finer_embedding_is_prompted_and_taken_up_again():
+    """Embedding and masks of twice as many rows, prompts in the same pixels."""
+    sam = make(replace(TINY_EXACT, grow=2))
+    predictor = SamPredictor(sam)
+    predictor.set_image(PHOTO)
+    assert predictor.features.shape == (1, 256, 20, 20) and sam.prompt_encoder.mask_input_size == (80, 80)
+    masks, _, logits = predictor.predict(box=BOX)
+    assert masks.shape == (3, *PHOTO.shape[:2]) and logits.shape == (3, 80, 80)
+    again = predictor.predict(box=BOX, mask_input=logits[:1], multimask_output=False)[2]
+    assert np.isfinite(again).all()
+    other = SamPredictor(sam)
+    other.set_encoded(predictor.encoded)
+    assert np.array_equal(other.predict(box=BOX)[2], logits)
+    with pytest.raises(ValueError, match=r"must be \[1, 256, 10, 10\], is \[1, 256, 20, 20\]"):
+        SamPredictor(make(TINY_EXACT)).set_encoded(predictor.encoded)
+
+
 def test_another_image_size_s_is_refused(predictor, sam, tmp_path):
     path = tmp_path / "photo.safetensors"
     predictor.encoded.save(path, Identity.of(sam))

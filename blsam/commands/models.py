@@ -39,6 +39,7 @@ def parameters(config: EncoderConfig, image_size: int = 1024) -> int:
     total = PROMPTS_AND_DECODER
     total += 3 * 16 * 16 * dim + dim + side * side * dim  # patches, positions
     total += dim * OUT_CHANNELS + 9 * OUT_CHANNELS**2 + 4 * OUT_CHANNELS  # neck
+    total += (config.grow * OUT_CHANNELS) ** 2 if config.grow > 1 else 0
     for layer in range(config.depth):
         reach = side if config.is_global(layer) else config.window
         total += 2 * dim + _attention(dim, dim, config.heads, reach)  # with its norm

@@ -24,7 +24,7 @@ from ..images import SUFFIXES
 from .sa1b import TarPhoto, TrainingPhoto, parse
 
 WITHOUT_DOT = tuple(suffix[1:] for suffix in SUFFIXES)
-LOW_RES = 4  # pixels of the input along a pixel of the decoder's masks
+LOW_RES = 4  # pixels of the input along a pixel of the decoder's masks, unless its embedding is finer
 SHUFFLED = 100  # photos that are shuffled among each other while a tar streams by
 BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, SyntaxError, MemoryError, cv2.error)
 
@@ -33,7 +33,7 @@ BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, SyntaxError, Mem
 class Sample:
     """One view of one photo. h, w: its true size in the S x S frame; P: objects.
 
-    image uint8 [3, carried * h, carried * w] (`ViewSettings`); masks float [P, S/4, S/4], the share of each
+    image uint8 [3, carried * h, carried * w] (`ViewSettings`); masks float [P, S/low_res, S/low_res], the share of each
     low-resolution pixel that is object; boxes float [P, 4], x1 y1 x2 y2 in pixels of the S x S frame; key, what prompts
     are drawn from; target, the teacher's embedding if it was computed beforehand; damaged, what was wrong with the
     photo, if anything was.
@@ -52,7 +52,8 @@ class Sample:
 class ViewSettings:
     """Side of the frame in pixels; objects a view, 0: none is decoded; seed; how many different views of a photo
     there are (0: a new one every epoch); where its teacher's embedding comes from, (id, view) -> tensor; `finer`: pixels
-    of the teacher's frame along one of this, where the teacher sees more."""
+    of the teacher's frame along one of this, where the teacher sees more; `low_res`: pixels of the frame along one of
+    the masks."""
 
     image_size: int
     max_objects: int
@@ -60,6 +61,7 @@ class ViewSettings:
     views: int = 0
     targets: Callable[[str, int], torch.Tensor] | None = None
     finer: int = 1
+    low_res: int = LOW_RES
 
     @property
     def carried(self) -> int:
@@ -91,7 +93,7 @@ def make_view(photo: str, read: Callable[[], Any], epoch: int, settings: ViewSet
 
 def damaged(photo: str, key: int, settings: ViewSettings, reason: str) -> Sample:
     """A black view without objects."""
-    low, side = settings.image_size // LOW_RES, settings.image_size * settings.carried
+    low, side = settings.image_size // settings.low_res, settings.image_size * settings.carried
     black = torch.zeros(3, side, side, dtype=torch.uint8)
     target = torch.zeros_like(settings.targets(photo, 0)) if settings.targets else None
     return Sample(black, torch.zeros(0, low, low), torch.zeros(0, 4), photo, key, target, reason)
@@ -135,24 +137,28 @@ def _crop(pixels: np.ndarray, annotations: list[dict], settings: ViewSettings, r
         full = full[:, ::-1] if mirror else full
         if not 0 < full.mean() <= 0.9:  # as SAM's own training leaves out what covers the image
             continue
-        low = np.zeros((size // LOW_RES,) * 2, np.float32)
-        shape = (new_w // LOW_RES, new_h // LOW_RES)
-        small = cv2.resize(full.astype(np.float32), shape, interpolation=cv2.INTER_AREA)
-        low[: small.shape[0], : small.shape[1]] = small
-        if (low > 0.5).sum() < 2:  # nothing left to learn from at this resolution
+        if (_low(full, new_w, new_h, LOW_RES) > 0.5).sum() < 2:  # hardly anything to see, and the same at any low_res
             continue
+        small = _low(full, new_w, new_h, settings.low_res)
+        low = np.zeros((size // settings.low_res,) * 2, np.float32)
+        low[: small.shape[0], : small.shape[1]] = small
         ys, xs = np.flatnonzero(full.any(1)), np.flatnonzero(full.any(0))
         box = np.array([xs[0], ys[0], xs[-1] + 1, ys[-1] + 1], np.float32)
         boxes.append(box * np.array([new_w / crop_w, new_h / crop_h] * 2, np.float32))
         masks.append(low)
         if len(masks) == settings.max_objects:
             break
-    side = size // LOW_RES
+    side = size // settings.low_res
     return Sample(
         torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))),
         torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, side, side),
         torch.from_numpy(np.stack(boxes)) if boxes else torch.zeros(0, 4),
     )
+
+
+def _low(mask: np.ndarray, width: int, height: int, pixels: int) -> np.ndarray:
+    """A mask bool [h, w] of so many pixels in the frame -> float32 [height / pixels, width / pixels], shares."""
+    return cv2.resize(mask.astype(np.float32), (width // pixels, height // pixels), interpolation=cv2.INTER_AREA)
 
 
 def _colour(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

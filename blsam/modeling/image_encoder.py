@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -18,23 +19,28 @@ from .product import FORMS
 from .routing import SCORERS, ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
 from .windows import PATCH, exporting, unpadded_sizes
 
-# The names of parameters that SAM's encoder does not have; all others keep SAM's.
-NEW = re.compile(r"(blocks\.\d+\.(e_block|fusion)|predictors)\.")
+# The names of parameters that SAM's encoder does not have, by what adds them; all others keep SAM's.
+ADDED = {"routing": r"(blocks\.\d+\.(e_block|fusion)|predictors)\.", "grow": r"neck\.grow\."}
 
 
 class Neck(nn.Sequential):
-    """SAM's neck: what comes out of the last block, [B, C, H, W], -> the embedding [B, 256, H, W].
+    """SAM's neck: what comes out of the last block, [B, C, H, W], -> the embedding [B, 256, grow * H, grow * W].
 
     Float32, or what a model that was cast as a whole (`sam.half()`) holds its norms in.
     """
 
-    def __init__(self, dim: int) -> None:
-        super().__init__(
-            nn.Conv2d(dim, OUT_CHANNELS, kernel_size=1, bias=False),
-            LayerNorm2d(OUT_CHANNELS),
-            nn.Conv2d(OUT_CHANNELS, OUT_CHANNELS, kernel_size=3, padding=1, bias=False),
-            LayerNorm2d(OUT_CHANNELS),
-        )
+    def __init__(self, dim: int, grow: int = 1) -> None:
+        layers: dict[str, nn.Module] = {
+            "0": nn.Conv2d(dim, OUT_CHANNELS, kernel_size=1, bias=False),
+            "1": LayerNorm2d(OUT_CHANNELS),
+            "2": nn.Conv2d(OUT_CHANNELS, OUT_CHANNELS, kernel_size=3, padding=1, bias=False),
+        }
+        if grow > 1:
+            finer = nn.ConvTranspose2d(OUT_CHANNELS, OUT_CHANNELS, kernel_size=grow, stride=grow, bias=False)
+            with torch.no_grad():  # at first every cell of a token is the token's own
+                finer.weight.copy_(torch.eye(OUT_CHANNELS)[..., None, None].expand_as(finer.weight))
+            layers["grow"] = finer
+        super().__init__(OrderedDict(layers | {"3": LayerNorm2d(OUT_CHANNELS)}))  # before the norm: SAM's name for it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self:
@@ -58,8 +64,8 @@ def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Blo
 class ImageEncoder(ImageEncoderViT):
     """A square image to SAM's embedding.
 
-    SAM's weights load into any of these models, `strict` or not: what routing adds stays as it is where a state has
-    nothing of it.
+    SAM's weights load into any of these models, `strict` or not: what routing or `grow` adds stays as it is where a
+    state has nothing of it.
 
     Attributes: `config`; `img_size`, the side S in pixels; `keep_ratio`, the share of tokens that run through the wide
     blocks when a call does not say otherwise (1 or more: all, which is exactly SAM for SAM's weights; others than above
@@ -78,8 +84,8 @@ class ImageEncoder(ImageEncoderViT):
         self.pos_embed = nn.Parameter(torch.zeros(1, side, side, config.dim))
         self.blocks = nn.ModuleList(build_block(config, i, (side, side)) for i in range(config.depth))
         self.predictors = nn.ModuleList(ImportancePredictor(config.dim) for _ in config.predictor_layers)
-        self.neck = Neck(config.dim)
-        self.register_load_state_dict_pre_hook(_keep_what_routing_adds)
+        self.neck = Neck(config.dim, config.grow)
+        self.register_load_state_dict_pre_hook(_keep_what_is_added)
 
     @property
     def keep_ratio(self) -> float:
@@ -95,7 +101,7 @@ class ImageEncoder(ImageEncoderViT):
         Norms, residual stream, softmax, positions and importance scores stay float32, as do input and embedding.
         """
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and not name.startswith("predictors"):
+            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not name.startswith("predictors"):
                 module.to(dtype)
         return self
 
@@ -116,7 +122,8 @@ class ImageEncoder(ImageEncoderViT):
         keep_ratio: float | None = None,
         stages: list[Stage] | None = None,
     ) -> torch.Tensor:
-        """x [B, 3, S, S], normalised, padded at right and bottom -> embedding [B, 256, S/16, S/16] float32.
+        """x [B, 3, S, S], normalised, padded at right and bottom -> embedding [B, 256, S/16, S/16] float32, of `grow`
+        times as many rows and columns.
 
         true_sizes: for each image (h, w) in pixels of what is not padding, as Python integers, or an int64 tensor
         [B, 2] for a graph whose shapes must not depend on them. None: a routed model looks for whole rows and columns
@@ -205,11 +212,12 @@ class ImageEncoder(ImageEncoderViT):
             raise ValueError(f"routing must have {len(self.predictors)} stages, has {len(routing.stages)}")
 
 
-def _keep_what_routing_adds(encoder: ImageEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state is loaded: one that has nothing of what routing adds, as SAM's, gets it from the encoder."""
-    new = {prefix + key: value for key, value in encoder.state_dict().items() if NEW.match(key)}
-    if not new.keys() & state.keys():
-        state.update(new)
+def _keep_what_is_added(encoder: ImageEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state is loaded: one that has nothing of what is added, as SAM's, gets it from the encoder."""
+    for names in ADDED.values():
+        new = {prefix + key: value for key, value in encoder.state_dict().items() if re.match(names, key)}
+        if not new.keys() & state.keys():
+            state.update(new)
 
 
 def _checked_ratio(keep_ratio: float) -> float:

@@ -63,7 +63,8 @@ def sam_macs(config: EncoderConfig, image_size: int = 1024) -> int:
 
 def _ends(config: EncoderConfig, tokens: int) -> int:
     """Patch embedding and neck."""
-    return tokens * (3 * win.PATCH**2 * config.dim + config.dim * OUT_CHANNELS + 9 * OUT_CHANNELS**2)
+    grown = config.grow**2 if config.grow > 1 else 0
+    return tokens * (3 * win.PATCH**2 * config.dim + config.dim * OUT_CHANNELS + (9 + grown) * OUT_CHANNELS**2)
 
 
 def _attention(queries: int, keys: int, reach: tuple[int, int], dim: int, inner: int, pairs: int | None = None) -> int:

@@ -25,7 +25,7 @@ class Sam(_Sam):
     ) -> tuple[torch.Tensor, Routing]:
         """Resized images [3, h, w] (or [1, 3, h, w]), 0 ... 255, long side `img_size`; keep_ratio for this call only.
 
-        -> embedding [B, 256, S/16, S/16], and the routing (without stages for exact models, for a compiled encoder and
+        -> embedding [B, 256, h, w], and the routing (without stages for exact models, for a compiled encoder and
         for one of one's own, which is given the batch alone).
         """
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]

@@ -121,9 +121,10 @@ def real_counts(height: int, width: int, window: int, true_size: tuple[int, int]
     return [r * c for r in rows for c in cols]
 
 
-def real_tokens(height: int, width: int, true_sizes: torch.Tensor) -> torch.Tensor:
-    """[B, H, W] bool: the tokens that are not wholly in the padding, from int [B, 2] sizes (h, w) in pixels."""
-    real = (true_sizes + PATCH - 1) // PATCH
+def real_tokens(height: int, width: int, true_sizes: torch.Tensor, patch: int = PATCH) -> torch.Tensor:
+    """[B, H, W] bool: the tokens, or cells of an embedding of another `patch` size, that are not wholly in the padding,
+    from int [B, 2] sizes (h, w) in pixels."""
+    real = (true_sizes + patch - 1) // patch
     rows = torch.arange(height, device=true_sizes.device) < real[:, :1]
     cols = torch.arange(width, device=true_sizes.device) < real[:, 1:]
     return rows[:, :, None] & cols[:, None, :]

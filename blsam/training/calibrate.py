@@ -66,7 +66,7 @@ def calibrate(
     settings = settings or Settings()
     output = Path(output)
     state, _ = ckpt.read(checkpoint, config)
-    if any(ckpt.NEW.match(key) for key in state):
+    if any(ckpt.ADDED["routing"].match(key) for key in state):
         raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")
     torch.manual_seed(settings.seed)
     sam = build_sam(config, checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio, device=device)

@@ -31,7 +31,7 @@ from ..modeling.attention import Attention
 from ..modeling.blocks import EBlock, RoutedBlock
 from ..modeling.routing import ImportancePredictor, route
 from ..modeling.sam import Sam
-from ..modeling.windows import real_tokens
+from ..modeling.windows import PATCH, real_tokens
 from .descent import Descent
 from .losses import cosine_distance
 from .starts import start_attention, start_feed_forward
@@ -271,7 +271,7 @@ class Calibration:
         layers = self.encoder.config.layers_of(number)
         branches = [self.blocks[i].e_block for i in layers]
         parameters = [p for e in branches if e is not None for p in e.parameters()]
-        side, last = self.streams.shape[1], layers[-1] == self.encoder.config.depth - 1
+        last = layers[-1] == self.encoder.config.depth - 1
 
         def loss(step: int) -> torch.Tensor:
             rng = np.random.default_rng([self.settings.seed, 3, number, step])
@@ -281,8 +281,7 @@ class Calibration:
             goal = self.streams.read(f"goal-{number + 1}", photos)
             x = self._routed(start, number, sizes, self.ratios[rng.integers(len(self.ratios))])
             if last:
-                real = real_tokens(side, side, torch.tensor(sizes, device=x.device))
-                return cosine_distance(self._neck(x), self._neck(goal))[real].mean()
+                return cosine_distance(self._neck(x), self._neck(goal))[self._real(sizes)].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
@@ -323,6 +322,12 @@ class Calibration:
     def _neck(self, x: torch.Tensor) -> torch.Tensor:
         return self.encoder.neck(x.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
 
+    def _real(self, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The cells of embeddings that are not wholly in the padding."""
+        grow = self.encoder.config.grow
+        side = self.streams.shape[1] * grow
+        return real_tokens(side, side, torch.tensor(sizes, device=self.streams.device), PATCH // grow)
+
     def _dense(self, image: torch.Tensor) -> torch.Tensor:
         """The dense model's embedding of an image [1, 3, S, S]."""
         x = self.encoder.stem(image)
@@ -333,10 +338,10 @@ class Calibration:
     @torch.no_grad()
     def cosines(self, keep_ratios: Sequence[float]) -> list[float]:
         """For each keep ratio the mean cosine of held-out photos' embeddings to the dense model's, over real tokens."""
-        found, side = [], self.streams.shape[1]
+        found = []
         for j in self.held_out:
             x, size = self.inputs(j)
-            real = real_tokens(side, side, torch.tensor([size], device=x.device))
+            real = self._real([size])
             dense = self._dense(x[None])
             ours = [self.encoder(x[None], true_sizes=[size], keep_ratio=k) for k in keep_ratios]
             found.append([1 - cosine_distance(one, dense)[real].mean().item() for one in ours])

@@ -23,7 +23,7 @@ from ..build_sam import build_sam
 from ..checkpoint import read
 from ..config import CONFIGS
 from ..data.sa1b import TarPhoto, TrainingPhoto, choose_photos, list_photos
-from ..data.views import Sample, TarViews, Views, ViewSettings, batches
+from ..data.views import LOW_RES, Sample, TarViews, Views, ViewSettings, batches
 from ..distributed import CPU, Stopwatch, World, processes
 from ..files import sha256, write_atomically
 from ..modeling.sam import Sam
@@ -34,7 +34,7 @@ from .optim import Average, optimizer_of, rate
 from .parallel import last_pass_only, prepare
 from .run_folder import RunFolder
 from .settings import TrainSettings
-from .teachers import finer_by, load_teacher, placed
+from .teachers import check_grid, finer_by, load_teacher, placed
 
 MOST_VALIDATED = 200  # photos
 ENDLESS = 10**7  # steps, where minutes end the run
@@ -243,12 +243,15 @@ def set_up(settings: TrainSettings, world: World) -> Run:
     ids = {"photos.txt": [photo.id for photo in training], "validation.txt": [photo.id for photo in validation]}
     # the cache's views were drawn until an object was in them, so ours must be
     objects = settings.max_objects if settings.supervised else int(cache is not None)
-    views, seen = ViewSettings(settings.image_size, objects, settings.seed), settings.teacher_size
+    views = ViewSettings(settings.image_size, objects, settings.seed, low_res=LOW_RES // settings.model.grow)
+    teacher_name, seen = settings.teacher, settings.teacher_size
     if cache is not None:
         _check_cache(cache, settings, training + validation)
         views = replace(views, views=cache.settings["views"], targets=cache)
-        seen = cache.settings.get("teacher_size")
+        teacher_name, seen = cache.settings["teacher"], cache.settings.get("teacher_size")
     views = replace(views, finer=finer_by(seen, settings.image_size))
+    if teacher_name is not None:
+        check_grid(settings.model, teacher_name, views.finer)
 
     sam, teacher = build_models(settings, cache)
     objective = Objective(

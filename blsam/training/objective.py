@@ -28,9 +28,9 @@ Clicks = tuple[torch.Tensor, torch.Tensor]  # coordinates [P, N, 2], labels [P, 
 
 @dataclass
 class Batch:
-    """images float [B, 3, S, S], normalised; sizes: true (h, w) of each; objects: masks [P, S/4, S/4] and boxes [P, 4]
-    of each; keys, what prompts are drawn from; weights [B], 0 for a damaged photo; target [B, 256, S/16, S/16], the
-    teacher's embedding, if there is one."""
+    """images float [B, 3, S, S], normalised; sizes: true (h, w) of each; objects: masks [P, 4 h, 4 w] and boxes [P, 4]
+    of each; keys, what prompts are drawn from; weights [B], 0 for a damaged photo; target [B, 256, h, w], the teacher's
+    embedding, if there is one. h, w: cells of the student's embedding."""
 
     images: torch.Tensor
     sizes: list[tuple[int, int]]
@@ -173,7 +173,7 @@ class TrainedSam(nn.Module):
         if torch.rand((), generator=rng) < 0.5:
             given = noisy_boxes(boxes, self.sam.image_encoder.img_size, rng)
         else:
-            points = first_clicks(masks, rng)
+            points = first_clicks(masks, rng, self._pixels(masks))
         logits, scores = decode(self.sam, embedding, points, given)
         first = [MULTI] if given is None else [MULTI, SINGLE]
         losses = [torch.stack([supervised_loss(logits, scores, masks, m, kind) for m in first]).mean()]
@@ -183,19 +183,23 @@ class TrainedSam(nn.Module):
         for _ in range(int(torch.randint(self.objective.clicks + 1, (), generator=rng))):
             best = asked.start + scores[:, asked].argmax(1)
             previous = logits[torch.arange(len(masks)), best].detach().float()
-            new = corrective_clicks(previous, masks, rng)
+            new = corrective_clicks(previous, masks, rng, self._pixels(masks))
             points = new if points is None else (torch.cat([points[0], new[0]], 1), torch.cat([points[1], new[1]], 1))
             logits, scores = decode(self.sam, embedding, points, given, previous[:, None])
             asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
             losses.append(supervised_loss(logits, scores, masks, asked, kind))
         return torch.stack(losses).mean(), first_iou
 
+    def _pixels(self, masks: torch.Tensor) -> int:
+        """Of the frame along a pixel of the decoder's masks."""
+        return self.sam.image_encoder.img_size // masks.shape[-1]
+
     def _measure(self, batch: Batch, embeddings: torch.Tensor, routing: Routing) -> Measured:
         found: dict[str, list[float]] = {"box": [], "click": []}
         for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
             if not len(masks):  # or damaged
                 continue
-            clicks = first_clicks(masks, torch.Generator().manual_seed(key))
+            clicks = first_clicks(masks, torch.Generator().manual_seed(key), self._pixels(masks))
             for name, points, given in (("box", None, boxes), ("click", clicks, None)):
                 logits, scores = decode(self.sam, embedding[None], points, given)
                 best = MULTI.start + scores[:, MULTI].argmax(1)
@@ -214,11 +218,12 @@ def decode(
     boxes: torch.Tensor | None = None,
     logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [P, 4, S/4, S/4] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
+    """Logits [P, 4, 4 h, 4 w] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
     sparse, dense = sam.prompt_encoder(points, boxes, logits)
     return sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
 
 
 def _real(batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
     side = embeddings.shape[-1]
-    return real_tokens(side, side, torch.tensor(batch.sizes, device=embeddings.device))
+    sizes = torch.tensor(batch.sizes, device=embeddings.device)
+    return real_tokens(side, side, sizes, batch.images.shape[-1] // side)

@@ -20,29 +20,32 @@ def noisy_boxes(boxes: torch.Tensor, image_size: int, generator: torch.Generator
     return torch.cat([first, second], dim=1)
 
 
-def random_clicks(region: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """A uniform place in each region [P, h, w] bool: (coordinates [P, 1, 2] in pixels, found [P] bool)."""
+def random_clicks(region: torch.Tensor, generator: torch.Generator, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A uniform place in each region [P, h, w] bool, whose cells have so many pixels a side: (coordinates [P, 1, 2] in
+    pixels, found [P] bool)."""
     flat = region.flatten(1).float().cpu()
     found = flat.sum(1) > 0
     place = torch.multinomial(flat + (~found)[:, None], 1, generator=generator)  # an empty region: anywhere, unused
     y, x = place // region.shape[2], place % region.shape[2]
-    coordinates = (torch.cat([x, y], dim=1) + 0.5) * LOW_RES
+    coordinates = (torch.cat([x, y], dim=1) + 0.5) * pixels
     return coordinates[:, None].to(region.device), found.to(region.device)
 
 
-def first_clicks(target: torch.Tensor, generator: torch.Generator) -> Points:
+def first_clicks(target: torch.Tensor, generator: torch.Generator, pixels: int = LOW_RES) -> Points:
     """One positive click in each object, target [P, h, w]."""
-    coordinates, _ = random_clicks(target > 0.5, generator)
+    coordinates, _ = random_clicks(target > 0.5, generator, pixels)
     return coordinates, torch.ones(len(target), 1, device=target.device)
 
 
-def corrective_clicks(logits: torch.Tensor, target: torch.Tensor, generator: torch.Generator) -> Points:
+def corrective_clicks(
+    logits: torch.Tensor, target: torch.Tensor, generator: torch.Generator, pixels: int = LOW_RES
+) -> Points:
     """One click in the region where each mask [P, h, w] is wrong: positive where the object was missed.
 
     A mask without an error gets label -1, which the prompt encoder takes as "no point".
     """
     missed, extra = (target > 0.5) & (logits <= 0), (target <= 0.5) & (logits > 0)
-    coordinates, found = random_clicks(missed | extra, generator)
-    x, y = (coordinates[:, 0] // LOW_RES).long().unbind(1)
+    coordinates, found = random_clicks(missed | extra, generator, pixels)
+    x, y = (coordinates[:, 0] // pixels).long().unbind(1)
     positive = missed[torch.arange(len(target), device=target.device), y, x]
     return coordinates, torch.where(found, positive.float(), -1.0)[:, None]

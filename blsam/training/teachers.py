@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import checkpoint as ckpt
 from ..build_sam import sam_model_registry
-from ..config import CONFIGS
+from ..config import CONFIGS, EncoderConfig
 
 DENSE = tuple(name for name, config in CONFIGS.items() if not config.routed)
 TEACHERS = (*DENSE, "mobile_sam")
@@ -20,7 +20,7 @@ DECODER_PARTS = ("prompt_encoder.", "mask_decoder.", "image_encoder.neck.3.")
 
 
 def load_teacher(name: str, checkpoint: str | Path, image_size: int) -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """The frozen image encoder of a teacher, [B, 3, S, S] normalised -> [B, 256, S/16, S/16], and its decoder's weights.
+    """The frozen image encoder of a teacher, [B, 3, S, S] normalised -> [B, 256, h, w], and its decoder's weights.
 
     The weights are those of prompt encoder, mask decoder and the encoder's last norm, with SAM's key names: a student
     of the encoder alone starts from them (decoupled distillation, MobileSAM, arXiv 2306.14289).
@@ -48,6 +48,16 @@ def finer_by(teacher_size: int | None, image_size: int) -> int:
     if (teacher_size or image_size) % image_size:
         raise ValueError(f"--teacher-size {teacher_size} is not a multiple of --image-size {image_size}")
     return (teacher_size or image_size) // image_size
+
+
+def check_grid(student: EncoderConfig, teacher: str, finer: int) -> None:
+    """ValueError unless the teacher's embedding, in a frame `finer` times the student's, can be averaged to its grid."""
+    cells = finer * (CONFIGS[teacher].grow if teacher in CONFIGS else 1)
+    if cells % student.grow:
+        raise ValueError(
+            f"{student.name} answers in {student.grow} cells along a token and its teacher in {cells}: "
+            f"--teacher-size must be {student.grow} times --image-size, or a multiple of that"
+        )
 
 
 def placed(teacher: nn.Module, device: torch.device, compiled: bool) -> Any:

@@ -41,12 +41,12 @@ def main() -> int:
     check_output("--json", args.json, taken=(checkpoint, *photos))
     sam = sam_model_registry[args.model](checkpoint, image_size=args.image_size)
     full, half = sam.image_encoder, copy.deepcopy(sam.image_encoder).use_dtype(torch.bfloat16)
-    transform, side = SamPredictor(sam).transform, full.img_size // 16
+    transform, side = SamPredictor(sam).transform, sam.prompt_encoder.image_embedding_size[0]
     found = {keep: {"cosine": [], "same_prime_tokens": []} for keep in args.keep_ratios}
     for path in tqdm(photos, unit="photo", disable=not sys.stderr.isatty()):
         resized = torch.as_tensor(transform.apply_image(read_image(path))).permute(2, 0, 1)
         size = tuple(resized.shape[-2:])
-        real = real_tokens(side, side, torch.tensor([size]))
+        real = real_tokens(side, side, torch.tensor([size]), full.img_size // side)
         for keep, values in found.items():
             options = {"true_sizes": [size], "keep_ratio": keep}
             (a, routed), (b, routed_half) = (e.encode(sam.preprocess(resized)[None], **options) for e in (full, half))

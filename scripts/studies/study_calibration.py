@@ -87,10 +87,11 @@ class Meter:
     @torch.no_grad()
     def cosines(self, sam: Sam, keep_ratio: float) -> np.ndarray:
         """Of every test photo, a mean over its real tokens: [n]."""
-        found, side = [], sam.image_encoder.img_size // 16
+        found, side = [], sam.prompt_encoder.image_embedding_size[0]
         for (x, size), expected in zip(self.inputs, self.expected):
             ours = sam.image_encoder(x[None], true_sizes=[size], keep_ratio=keep_ratio)
-            found.append(1 - cosine_loss(ours, expected, real_tokens(side, side, torch.tensor([size]))).item())
+            real = real_tokens(side, side, torch.tensor([size]), sam.image_encoder.img_size // side)
+            found.append(1 - cosine_loss(ours, expected, real).item())
         return np.array(found)
 
 

@@ -49,6 +49,15 @@ def test_a_finer_view_is_the_same_view(photos):
         assert torch.equal(three.image, means.round().byte()) and len(three.target) == 256
 
 
+def test_masks_of_a_finer_decoder_are_of_the_same_view(photos):
+    views = [Views(list_photos([photos]), ViewSettings(128, 4, 3, low_res=n)) for n in (4, 2)]
+    for one, two in ((views[0][i], views[1][i]) for i in range(8)):
+        assert torch.equal(one.boxes, two.boxes) and torch.equal(one.image, two.image)
+        assert two.masks.shape == (len(one.masks), 64, 64)
+        means = F.avg_pool2d(two.masks, 2)
+        assert (means - one.masks).abs().max() < 1e-4, (means - one.masks).abs().max()
+
+
 def test_boxes_enclose_their_masks(photos):
     views = Views(list_photos([photos]), SETTINGS)
     for sample in (views[i] for i in range(20)):

@@ -23,6 +23,7 @@ GOLDEN = {
     "vit_l": rows(24, L, 24, (), ()),
     "vit_b": rows(12, B, 12, (), ()),
     "vit_t": rows(12, B, 12, (), ()),
+    "vit_t_fine": rows(12, B, 12, (), ()),
     "blsam_vit_h": rows(32, H, 9, (9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), (8, 16, 24)),
     "blsam_vit_l": rows(24, L, 6, range(6, 24), (5, 11, 17)),
     "blsam_vit_b": rows(12, B, 1, range(1, 12), (0, 3, 6, 9)),

@@ -120,7 +120,8 @@ def test_scores_of_ablations_do_not_depend_on_the_batch(score):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"semi_cross": False}, {"fuse": "block"}, {"e_block": False}, {"score": "norm"}, {"score": "random"}],
+    [{}, {"semi_cross": False}, {"fuse": "block"}, {"e_block": False}, {"score": "norm"}, {"score": "random"}]
+    + [{"grow": 2}],
     ids=str,
 )
 def test_every_parameter_has_a_finite_gradient(change):
@@ -130,6 +131,18 @@ def test_every_parameter_has_a_finite_gradient(change):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     for predictor in encoder.predictors:
         assert predictor.linear.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("config", [TINY_EXACT, TINY], ids=lambda config: config.name)
+@torch.no_grad()
+def test_a_finer_embedding_starts_as_that_of_the_tokens(config):
+    plain, fine = tiny(config), ImageEncoder(replace(config, grow=2), TINY_SIZE).eval()
+    fine.load_state_dict(plain.state_dict())  # what `grow` adds stays as it is
+    one, two = plain(images()), fine(images())
+    difference = gap(two, one.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    assert two.shape == (1, 256, 20, 20) and difference < 1e-5, difference
+    half = copy.deepcopy(fine).use_dtype(torch.bfloat16)
+    assert half.neck.grow.weight.dtype == torch.bfloat16 and half(images()).dtype == torch.float32
 
 
 @torch.no_grad()

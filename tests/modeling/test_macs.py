@@ -38,7 +38,9 @@ def test_analytic_equals_counted(name, keep):
     assert encoder_macs(CONFIGS[name], 1024, keep) == counted(CONFIGS[name], 1024, keep)
 
 
-@pytest.mark.parametrize("change", [{}, {"semi_cross": False}, {"fuse": "block"}, {"e_block": False}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{}, {"semi_cross": False}, {"fuse": "block"}, {"e_block": False}, {"grow": 2}], ids=str
+)
 def test_analytic_equals_counted_with_padding_and_ablations(change):
     config = replace(TINY, **change)
     assert encoder_macs(config, TINY_SIZE, 0.25, (100, 160)) == counted(config, TINY_SIZE, 0.25, [(100, 160)])

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from blsam import sam_model_registry
 from blsam.checkpoint import read
 from blsam.config import CONFIGS
 from blsam.data.sa1b import choose_photos, list_photos
@@ -13,7 +15,7 @@ from blsam.distributed import World
 from blsam.training.loop import set_up, train
 from blsam.training.settings import TrainSettings
 from tests.photos import write_coco, write_photos, write_tars
-from tests.training.helpers import STUDENT, column, random_vit_b, rows
+from tests.training.helpers import STUDENT, TEACHER, column, random_vit_b, rows
 
 
 def test_passes_give_the_gradient_of_the_whole_batch(settings, tmp_path, monkeypatch):
@@ -53,6 +55,19 @@ def test_the_decoder_alone(settings, photos, tmp_path):
     resampled = {key for key in before if before[key].shape != after[key].shape}
     changed = set(before) - same - resampled
     assert changed and all(key.startswith("mask_decoder.") for key in changed), sorted(changed)[:3]
+
+
+def test_a_student_with_a_finer_embedding(settings, tmp_path):
+    fine = replace(settings, model=CONFIGS["vit_t_fine"], init=TEACHER, holdout=0.25, steps=1)
+    with pytest.raises(ValueError, match="--teacher-size must be 2 times --image-size"):
+        train(fine)
+    fine = replace(fine, teacher_size=256)
+    path = train(replace(fine, stage="encoder", distill_loss="mse"))
+    assert column(settings.output, "val_error")[0] < 1 and column(settings.output, "val_box")[0] > 0.2
+    sam = sam_model_registry["vit_t_fine"](path)
+    assert sam.image_encoder.img_size == 128 and sam.prompt_encoder.mask_input_size == (64, 64)
+    train(replace(fine, init=Path(path), output=tmp_path / "masks"))  # the masks are as fine
+    assert column(tmp_path / "masks", "val_box")[0] > 0.2
 
 
 def test_tars_are_streamed(settings, photos, tmp_path):

@@ -13,3 +13,5 @@ def test_corrective_clicks_lie_in_the_error():
     points, labels = corrective_clicks(logits, target, torch.Generator().manual_seed(0))
     assert labels[:, 0].tolist() == [1, 0, -1]
     assert points[0, 0].tolist() == [10, 6] and points[1, 0].tolist() == [2, 14]
+    points, labels = corrective_clicks(logits, target, torch.Generator().manual_seed(0), pixels=2)
+    assert labels[:, 0].tolist() == [1, 0, -1] and points[:2, 0].tolist() == [[5, 3], [1, 7]]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from blsam.checkpoint import CheckpointError
+from blsam.config import CONFIGS
 from blsam.options import shipped_checkpoint
-from blsam.training.teachers import finer_by, load_teacher
+from blsam.training.teachers import check_grid, finer_by, load_teacher
 
 
 @torch.no_grad()
@@ -48,3 +49,13 @@ def test_the_frame_of_a_teacher():
     assert (finer_by(None, 512), finer_by(512, 512), finer_by(1536, 512)) == (1, 1, 3)
     with pytest.raises(ValueError, match="--teacher-size 1536 is not a multiple of --image-size 1024"):
         finer_by(1536, 1024)
+
+
+def test_a_teacher_answers_on_a_grid_as_fine():
+    fine = CONFIGS["vit_t_fine"]
+    for student, teacher, finer in ((fine, "vit_t", 2), (fine, "vit_t_fine", 1), (fine, "mobile_sam", 4)):
+        check_grid(student, teacher, finer)
+    check_grid(CONFIGS["vit_t"], "vit_t_fine", 1)
+    for finer in (1, 3):
+        with pytest.raises(ValueError, match="vit_t_fine answers in 2 cells .* --teacher-size must be 2 times"):
+            check_grid(fine, "vit_t", finer)
