@@ -12,6 +12,8 @@ has wrapped, hooked or quantised is called as SAM calls it, on the grid with its
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention as _Attention
@@ -126,7 +128,7 @@ class Attention(_Attention):
         """The form of the product for these projections."""
         size = (self.window, self.window) if self.window else (grid[1], grid[2])
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, self.rel_pos_h, self.rel_pos_w))
-        form = self.form or choose_form(q.dtype, q.device, gradient)
+        form = self.form or choose_form(q.dtype, q.device, gradient, math.prod(size))
         return FORMS[form](size, self.inner // self.num_heads)
 
     def _by_head(self, windows: torch.Tensor, parts: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ All forms get the same q, k, v and the same position logits; the largest gap to 
 
     folded    positions as channels of q and k, one fused attention             (ours: bfloat16, GPUs, training)
     blocked   product, positions, softmax, product on blocks in the cache       (ours: float32 on a CPU)
-    plain     the formula as it stands                                          (ours: exports)
+    plain     the formula as it stands                (ours: exports, windows in bfloat16 training on a CPU)
     compiled  the plain form through torch.compile
     chunked   fused attention with a bias matrix, a piece of the queries at a time
     flex      FlexAttention under torch.compile, positions added by its score function

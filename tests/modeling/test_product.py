@@ -1,5 +1,7 @@
 """The forms of the attention product against each other and against the formula in float64."""
 
+import copy
+
 import pytest
 import torch
 
@@ -61,12 +63,36 @@ def test_gradients_are_those_of_the_formula(name):
         assert gap(a, b) < 1e-6, f"{name_of}: {gap(a, b):.1e}"
 
 
-def test_the_form_is_chosen_by_dtype_device_and_gradient():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_form(torch.float32, cpu, gradient=False) == "blocked"
-    assert choose_form(torch.float32, cpu, gradient=True) == "folded"
-    assert choose_form(torch.bfloat16, cpu, gradient=False) == "folded"
-    assert choose_form(torch.float32, cuda, gradient=False) == "folded"
+@pytest.mark.parametrize(
+    ("dtype", "device", "gradient", "count", "form"),
+    [
+        (torch.float32, "cpu", False, 64, "blocked"),
+        (torch.float32, "cpu", True, 64, "folded"),
+        (torch.bfloat16, "cpu", False, 64, "folded"),
+        (torch.bfloat16, "cpu", True, 64, "plain"),
+        (torch.bfloat16, "cpu", True, 4096, "folded"),
+        (torch.bfloat16, "cuda", True, 64, "folded"),
+        (torch.float32, "cuda", False, 64, "folded"),
+    ],
+)
+def test_the_form_is_chosen_by_dtype_device_gradient_and_keys(dtype, device, gradient, count, form):
+    assert choose_form(dtype, torch.device(device), gradient, count) == form
+
+
+@pytest.mark.parametrize("name", ["plain", "folded"])
+def test_gradients_under_autocast_are_near_those_in_float64(name):
+    attention = randomize(Attention(32, 32, 2, 7, (10, 10)))
+    x = torch.randn(2, 10, 10, 32, generator=torch.Generator().manual_seed(0))
+    exact, half = (copy.deepcopy(attention) for _ in range(2))
+    exact.double()(x.double()).square().sum().backward()
+    half.form = name
+    with torch.autocast("cpu", torch.bfloat16):
+        out = half(x)
+    out.float().square().sum().backward()
+    for (key, a), b in zip(half.named_parameters(), exact.parameters()):
+        if key != "qkv.bias":  # that of the keys is zero but for rounding
+            error = (a.grad.double() - b.grad).norm() / b.grad.norm()
+            assert error < 0.03, f"{key}: {error:.1e}"
 
 
 @pytest.mark.parametrize("trained", ["rel_pos_h", "rel_pos_w", "qkv.bias", "qkv.weight"])
