@@ -48,20 +48,14 @@ def test_global_attention_on_another_grid(exact):
 def test_it_learns(exact):
     def program(side):
         encoder = taken_apart(side.build().image_encoder)
-        for parameter in encoder.parameters():
-            parameter.requires_grad = True
         run(encoder, picture(1)).square().mean().backward()
-        names = (
-            "patch_embed.proj.weight",
-            "blocks.0.attn.rel_pos_h",
-            "blocks.2.attn.rel_pos_w",
-            "blocks.5.mlp.lin1.bias",
-        )
-        parameters = dict(encoder.named_parameters())
-        found = {name: parameters[name].grad for name in names if parameters[name].grad is not None}
-        return {name: (gradient / gradient.std()).contiguous() for name, gradient in found.items()}
+        return {name: p.grad for name, p in encoder.named_parameters() if p.grad is not None}
 
-    exact.compare(program)
+    found, expected = program(exact.ours), program(exact.stock)
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():  # through twelve layers of float32
+        gap = (found[name] - gradient).abs().max() / gradient.std()
+        assert gap <= 1e-2, f"{name}: {gap:.1e}"
 
 
 def test_in_bfloat16(exact):

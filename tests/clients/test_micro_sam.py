@@ -167,7 +167,7 @@ def test_attention_called_on_windows(exact):
     exact.compare(program)
 
 
-def test_the_encoder_is_traced(sides):
+def test_the_encoder_is_traced(exact):
     def program(side):
         encoder = side.build().image_encoder
         x = torch.rand(1, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
@@ -177,5 +177,5 @@ def test_the_encoder_is_traced(sides):
         with torch.no_grad():
             return traced(x.flip(-1)), encoder(x.flip(-1))
 
-    traced, called = sides.compare(program)
+    traced, called = exact.compare(program)
     assert (traced - called).abs().max() <= 1e-4 * called.std()

@@ -114,4 +114,4 @@ def test_a_fork_under_the_name_of_segment_anything_is_refused(tmp_path):
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode and last.startswith("ImportError") and "segment_anything" in last, done.stderr[-500:]
-    assert "pip install" in last and str(tmp_path) in last, last  # the cure, and which package it is
+    assert "pip install" in last, last  # the cure

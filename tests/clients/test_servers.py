@@ -51,7 +51,7 @@ def test_cvat_encodes_the_embedding_as_text(sides):
     def program(side):
         predictor = side.predictor(PHOTO)
         features = predictor.get_image_embedding()
-        text = base64.b64encode((features.cpu().numpy() if features.is_cuda else features.numpy())).decode()
+        text = base64.b64encode(features.cpu().numpy() if features.is_cuda else features.numpy()).decode()
         return np.frombuffer(base64.b64decode(text), np.float32).reshape(features.shape)
 
     sides.compare(program)
