@@ -5,7 +5,7 @@ else
 PYTHON := .venv/bin/python
 endif
 
-.PHONY: demo lint test test-e2e test-slow wheel install
+.PHONY: demo lint test test-clients test-e2e test-slow wheel install
 
 $(PYTHON):
 	python3 -m venv .venv
@@ -23,13 +23,18 @@ lint: install
 	$(PYTHON) -m mypy
 
 test: install
-	$(PYTHON) -m pytest -q -m "not slow and not e2e"
+	$(PYTHON) -m pytest -q -m "not slow and not e2e and not clients"
 
 test-e2e: install
 	$(PYTHON) -m pytest -q -m e2e
 
 test-slow: install
 	$(PYTHON) -m pytest -q -m slow
+
+PICTURES ?= build/clients
+
+test-clients:
+	.ci/clients $(PICTURES)
 
 wheel: install
 	.ci/wheel $(PYTHON)

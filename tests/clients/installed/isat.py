@@ -20,7 +20,7 @@ def run(photo, checkpoint, folder):
     sam = segment_any.SegAny(str(path), use_bfloat16=False)
     sam.set_image(photo)
     point = sam.predict_with_point_prompt([[220, 110], [20, 20]], [1, 0])
-    box = sam.predict_with_box_prompt(np.array([300, 30, 420, 200]))
+    box = sam.predict_with_box_prompt(np.array([390, 20, 465, 280]))
 
     predictor = sam.predictor  # as its thread that encodes ahead does, and what the window does with it
     with torch.inference_mode():

@@ -16,7 +16,7 @@ def run(photo, checkpoint, folder):
     encoded = model.encode(photo[..., ::-1])
     prompts = (
         [{"type": "point", "data": [220, 110], "label": 1}, {"type": "point", "data": [20, 20], "label": 0}],
-        [{"type": "rectangle", "data": [300, 30, 420, 200]}],
+        [{"type": "rectangle", "data": [390, 20, 465, 280]}],
     )
     masks = [model.predict_masks(encoded, prompt)[0, 0] > 0 for prompt in prompts]
     return {"features": encoded["image_embedding"], "masks": np.stack(masks)}

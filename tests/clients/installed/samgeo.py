@@ -26,7 +26,7 @@ def run(photo, checkpoint, folder):
     asked = SamGeo(model_type="vit_b", checkpoint=checkpoint, automatic=False, device="cpu")
     asked.set_image(path)
     point = asked.predict(point_coords=[[220, 110]], point_labels=1, return_results=True)
-    corners = [(220, 110), (120, 280), (300, 20), (300, 200), (420, 30)]
+    corners = [(220, 110), (120, 280), (300, 20), (390, 280), (465, 20)]
     there = transform("EPSG:3857", "EPSG:4326", *zip(*(place * corner for corner in corners)))
     there = [list(one) for one in zip(*there)]  # longitude, latitude
     same = asked.predict(point_coords=there[:1], point_labels=1, point_crs="EPSG:4326", return_results=True)

@@ -25,6 +25,8 @@ PROGRAMS = {  # the module that shows whether it is installed
     "cellpose": "cellpose",
     "isat": "ISAT",
     "micro_sam": "micro_sam",
+    "napari_sam": "napari_sam",
+    "napari_segment_anything": "napari_segment_anything",
     "peft": "peft",
     "samexporter": "samexporter",
     "samgeo": "samgeo",
