@@ -83,19 +83,17 @@ def decoder_inputs(embedding, points, labels, mask=None, has_mask=0.0, size=(300
     return dict(zip(NAMES, values))
 
 
-def decoder(side, path, boxes):
-    sam = side.build()
-    model = WithBoxes(sam) if boxes else SamOnnxModel(sam, return_single_mask=True)
+def decoder(side, path):
+    model = WithBoxes(side.build())
     example = decoder_inputs(np.zeros((1, 256, SIZE // 16, SIZE // 16), np.float32), [[9, 9], [0, 0]], [1, -1])
-    outputs = ["masks", "iou_predictions", "low_res_masks"] + (["xtl", "ytl", "xbr", "ybr"] if boxes else [])
+    outputs = ["masks", "iou_predictions", "low_res_masks", "xtl", "ytl", "xbr", "ybr"]
     axes = {"point_coords": {1: "num_points"}, "point_labels": {1: "num_points"}}
     return export(model, tuple(torch.as_tensor(v) for v in example.values()), path, list(NAMES), outputs, axes)
 
 
-@pytest.mark.parametrize("boxes", [False, True], ids=["SAM's outputs", "with boxes"])
-def test_decoder(sides, boxes, tmp_path):
+def test_decoder(exact, tmp_path):
     def program(side):
-        session = decoder(side, tmp_path / f"{side.name}.onnx", boxes)
+        session = decoder(side, tmp_path / f"{side.name}.onnx")
         assert [one.name for one in session.get_inputs()] == list(NAMES)
         embedding = side.predictor(PHOTOS["landscape"]).get_image_embedding().numpy()
         point = session.run(None, decoder_inputs(embedding, [[220, 110], [0, 0]], [1, -1]))
@@ -104,7 +102,7 @@ def test_decoder(sides, boxes, tmp_path):
         odd = session.run(None, decoder_inputs(embedding, [[220, 110], [0, 0]], [1, -1], has_mask=-1.0))
         return [one.name for one in session.get_outputs()], point, box, odd
 
-    sides.compare(program)
+    exact.compare(program)
 
 
 @pytest.mark.e2e
