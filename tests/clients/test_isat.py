@@ -35,6 +35,15 @@ def test_an_encoder_in_low_precision(sides, dtype):
     assert gap <= 0.05, f"{gap:.1e}"
 
 
+def test_a_prompt_encoder_in_low_precision_says_what_to_do(sides):
+    """Release 1.0 fails there in a product of two dtypes; ISAT's own copy of it is changed."""
+    predictor = sides.ours.predictor()
+    predictor.model.to(torch.bfloat16)
+    predictor.set_image(PHOTO)
+    with pytest.raises(RuntimeError, match="image encoder alone"):
+        predictor.predict(**PROMPT)
+
+
 def test_what_was_encoded_is_written_back(sides):
     """ISAT encodes ahead in a thread, and writes four attributes when the user comes to the image."""
 
