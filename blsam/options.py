@@ -172,9 +172,8 @@ def find_checkpoint(model: str, given: Path | None) -> Path:
             f"{name} is not here; take it from checkpoints/ of the blsam repository and give --checkpoint"
         )
     if path is None:
-        raise UsageError(
-            f"no weights ship for {model}; give --checkpoint (SAM's weights fit, see checkpoints/README.md)"
-        )
+        fit = " (SAM's weights fit, see checkpoints/README.md)" if model.endswith(("vit_h", "vit_l", "vit_b")) else ""
+        raise UsageError(f"no weights ship for {model}; give --checkpoint{fit}")
     if not path.exists():  # what it is, reading it says
         raise FileNotFoundError(f"no checkpoint at {path}")
     return path
