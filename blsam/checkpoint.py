@@ -21,7 +21,7 @@ from torch import nn
 from .checkpoint_files import CheckpointError, read_content
 from .checkpoint_layouts import State, describe, find_state
 from .config import CONFIGS, EncoderConfig
-from .files import write_atomically
+from .files import is_file, printable, write_atomically
 from .modeling.attention import resampled
 from .modeling.image_encoder import ADDED as ADDED_TO_ENCODER
 from .modeling.windows import PATCH
@@ -61,8 +61,8 @@ def checked_path(path: str | Path) -> Path:
         inside = sorted(p.name for p in path.iterdir() if p.suffix.lower() in (*SUFFIXES, ".bin", ".ckpt"))
         hint = f", such as {inside[0]}" if inside else ""
         raise CheckpointError(f"{path} is a folder; give the checkpoint in it{hint}")
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+    if not is_file(path):
+        raise FileNotFoundError(f"no checkpoint at {printable(path, 300)}")
     return path
 
 

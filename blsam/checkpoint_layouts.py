@@ -56,7 +56,10 @@ def _dicts(content: Any, path: str, seen: set[int], depth: int = DEPTH) -> Itera
     seen.add(id(content))
     if not isinstance(content, Mapping):
         content = dict(enumerate(content[:16]))
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    # torch's AveragedModel counts beside its weights
+    tensors = {
+        k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, torch.Tensor) and k != "n_averaged"
+    }
     for part in PARTS:  # a model saved in its three parts
         if isinstance(content.get(part), Mapping):
             tensors |= {f"{part}.{k}": v for k, v in content[part].items() if isinstance(v, torch.Tensor)}

@@ -61,6 +61,14 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_atomically(path, write)
 
 
+def is_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is there; of a name that no file can have, or in a folder that may not be looked into: no."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def printable(value: object, most: int = 80) -> str:
     """What a file holds, to be said in a message: one line without control characters, cut at `most` characters."""
     text = " ".join(str(value)[: 2 * most].split())

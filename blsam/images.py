@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 
+from .files import is_file, printable
 from .formats import AVIF, HEAD, HEIC, name_format
 from .options import one_line
 from .pixels import Notes, as_array, on_white, to_rgb
@@ -50,6 +51,8 @@ def as_photo(image: Any, image_format: str = "RGB") -> np.ndarray:
         return image[..., ::-1] if bgr else image
     if bgr and isinstance(image, str | os.PathLike | bytes | bytearray | Image.Image):
         raise ValueError("image_format is for arrays; files and pictures of Pillow know their colours: leave it out")
+    if callable(getattr(image, "read", None)):  # a file that is open
+        image = image.read()
     if isinstance(image, str | os.PathLike | bytes | bytearray):
         return read_image(bytes(image) if isinstance(image, bytearray) else image)
     try:
@@ -109,8 +112,8 @@ def decode_image(
     by their header; default Pillow's limit. FileNotFoundError or ValueError in one line.
     """
     name = _name(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise FileNotFoundError(f"no image at {source}")
+    if not isinstance(source, bytes) and not is_file(source):
+        raise FileNotFoundError(f"no image at {printable(source, 300)}")
     if max_megapixels is not None and not max_megapixels > 0:
         raise ValueError(f"max_megapixels must be above 0, is {max_megapixels}")
     file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -263,7 +266,10 @@ def _deep_colours(image: Image.Image, file: Any) -> tuple[Image.Image, Notes] | 
     if values is None or values.dtype != np.uint16 or values.shape[:2] != image.size[::-1]:
         return None
     pixels, notes = to_rgb(values, bgr=True, stretch=True)
-    return Image.fromarray(pixels), notes
+    colours = Image.fromarray(pixels)
+    if image.has_transparency_data:
+        colours.putalpha(image.convert("RGBA").getchannel("A"))
+    return colours, notes
 
 
 TURNS = {  # EXIF's orientations

@@ -104,7 +104,7 @@ def as_array(image: Any) -> np.ndarray:
     if image is None:
         raise ValueError("it is None, which is what cv2.imread gives for a file that it cannot read")
     try:
-        if hasattr(image, "detach"):  # a tensor, without importing torch
+        if hasattr(image, "is_floating_point"):  # a tensor, without importing torch
             image = image.detach()
             image = (image.float() if image.is_floating_point() else image).cpu().numpy()
         return np.asarray(image)

@@ -7,6 +7,7 @@ refuse that (`check_prompts`).
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
@@ -22,6 +23,8 @@ from .encoded import Encoded
 from .images import as_photo, as_photos
 from .modeling.routing import Routing
 from .modeling.sam import Sam
+
+PHOTO = ("features", "routing", "original_size", "input_size", "is_image_set", "_batch")  # attributes of a predictor
 
 
 class ResizeLongestSide(_ResizeLongestSide):
@@ -64,7 +67,7 @@ class SamPredictor(_SamPredictor):
 
     @property
     def encoded(self) -> Encoded:
-        """The photo that is set; RuntimeError if there is none."""
+        """The photo that is set; RuntimeError if there is none. `features` written by hand have no routing of theirs."""
         if not self.is_image_set or self.routing is None:
             raise RuntimeError("no photo is encoded: an image must be set with .set_image(...)")
         return Encoded(self.features, self.routing, self.input_size, self.original_size)
@@ -165,9 +168,12 @@ class SamPredictor(_SamPredictor):
                 odd = "a point lies outside the image"
             if odd:
                 warnings.warn(f"{odd}; the mask has little meaning", stacklevel=2)
-        return super(SamPredictor, now).predict(
+        found = super(SamPredictor, now).predict(
             point_coords, point_labels, box, mask_input, multimask_output, return_logits
         )
+        # what a subclass has noted meanwhile, but not the photo, which may be another by now
+        self.__dict__.update({name: value for name, value in vars(now).items() if name not in PHOTO})
+        return found
 
     @torch.no_grad()
     def predict_torch(
@@ -184,7 +190,7 @@ class SamPredictor(_SamPredictor):
         point_coords [P, N, 2], point_labels [P, N], boxes [P, 4], mask_input [P, 1, h, w]. Returns masks [P, M, H, W],
         scores [P, M] and low-resolution logits [P, M, h, w]; scores and logits float32, under autocast too.
         """
-        if self.is_image_set and any(given is not None and len(given) == 0 for given in (point_coords, boxes)):
+        if self.is_image_set and {len(given) for given in (point_coords, boxes) if given is not None} == {0}:
             count, size = 3 if multimask_output else 1, self.model.prompt_encoder.mask_input_size
             masks = self.features.new_zeros(0, count, *self.original_size)
             masks = masks if return_logits else masks.bool()
@@ -235,7 +241,7 @@ def check_shapes(
         shape = np.shape(box)
         if len(shape) == 2 and shape[1] == 4 and shape[0] > 1:
             raise ValueError(f"predict takes one box, is given {shape[0]}; predict_torch takes many")
-        if shape not in ((4,), (1, 4)) or not _finite(box):  # SAM's notebooks pass it so
+        if math.prod(shape) != 4 or not _finite(box):  # in any shape: SAM's notebooks pass [1, 4]
             raise ValueError(f"box must be four finite numbers x1, y1, x2, y2, is {np.asarray(box).tolist()}")
     if mask_input is not None:
         shape = np.shape(mask_input)

@@ -9,6 +9,7 @@ with blsam.install(dtype="auto"): ...     # for a while; options of the builders
 from __future__ import annotations
 
 import functools
+import inspect
 import pkgutil
 import sys
 from importlib import import_module
@@ -18,7 +19,8 @@ from typing import Any
 import segment_anything
 
 from .automatic_mask_generator import SamAutomaticMaskGenerator
-from .build_sam import Builder, sam_model_registry
+from .build_sam import Builder, build_sam_vit_h, sam_model_registry
+from .precision import resolve_dtype
 from .predictor import SamPredictor
 
 _replaced: list[tuple[dict[str, Any], str, Any]] = []  # where, the name, what was there
@@ -44,8 +46,10 @@ def install(*, routed: bool = False, **options: Any) -> Installed:
         routed: under SAM's names ("vit_b") are the big.LITTLE models ("blsam_vit_b"), not the exact ones.
         options: of the builders, for every model that is built: `dtype="auto"`, `keep_ratio`, `image_size`, `device`.
 
-    Once is enough; a second call replaces the first.
+    Once is enough; a second call replaces the first. TypeError or ValueError for options that no builder takes.
     """
+    inspect.signature(build_sam_vit_h).bind_partial(**options)  # TypeError here, and not inside somebody's program
+    resolve_dtype(options.get("dtype", "float32"))
     uninstall()
     builders: dict[str, Builder] = {}
     for name, builder in sam_model_registry.items():

@@ -6,8 +6,8 @@
     python scripts/train_sam.py --cache cache --data SA-1B --fraction 0.02 ...
 
 A view of a photo at 1024 takes 2 MB: 470 GB for 2 % of SA-1B and one view, so the live teacher is the default. Training
-sees the same --views views of every photo again and again, and needs the same --image-size and --seed. Photos without a
-.json beside them are embedded too, for --stage encoder. A run that was killed goes on when the same command is given
+sees the same --views views of every photo again and again, and needs the same --image-size and --seed. With --stage
+encoder, as in that training, photos without a .json beside them are embedded too. A run that was killed goes on when the same command is given
 again, and more --views are added to those that are there.
 """
 
@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--teacher", choices=TEACHERS, required=True)
     add("--teacher-checkpoint", type=Path, required=True)
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="as of train_sam.py")
+    add("--stage", choices=("all", "encoder"), default="all", help="as of train_sam.py: encoder needs no .json")
     add("--images", type=Path, metavar="DIR", help="where the photos of a .json lie")
     add("--fraction", type=float, default=1.0, metavar="F", help="a seeded share of the photos, 0.02: 2 %%")
     add_option(parser, "--image-size", default=1024, help="as of train_sam.py")
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--views, --batch-size and --part-size are at least 1, --fraction lies in (0, 1]")
     check_folder("--output", args.output)
 
-    photos, _ = choose_photos(list_photos(args.data, args.images, plain=True), args.fraction, holdout=0, seed=0)
+    photos, _ = choose_photos(
+        list_photos(args.data, args.images, plain=args.stage == "encoder"), args.fraction, holdout=0, seed=0
+    )
     finer, seen = finer_by(args.teacher_size, args.image_size), args.teacher_size or args.image_size
     teacher, decoder = load_teacher(args.teacher, args.teacher_checkpoint, seen)
     sam = sam_model_registry["vit_t"](image_size=args.image_size, device=args.device)  # for its preprocessing

@@ -320,3 +320,26 @@ def test_several_photos():
     for single in (SMALL, SMALL[..., 0], "photo.jpg", JPEG, Path("photo.jpg"), Image.fromarray(SMALL), None, 5):
         with pytest.raises(ValueError, match="one image as a list of one"):
             as_photos(single)
+
+
+def test_open_files_are_read(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(SMALL).save(path)
+    with path.open("rb") as file:
+        assert np.array_equal(as_photo(file), SMALL)
+    assert np.array_equal(as_photo(io.BytesIO(path.read_bytes())), SMALL)
+
+
+def test_text_that_is_no_path():
+    with pytest.raises(FileNotFoundError, match="no image at AAAA"):
+        as_photo("A" * 10000)
+
+
+def test_a_deep_dark_picture_keeps_its_transparency(tmp_path):
+    values = np.full((8, 8, 4), 4000, np.uint16)
+    values[:4, :, :3], values[..., 3] = 100, 65535
+    values[:, :2, 3] = 0
+    cv2.imwrite(str(tmp_path / "deep.png"), values)
+    with pytest.warns(UserWarning, match="shown as 0 to 255"):
+        pixels = read_image(tmp_path / "deep.png")
+    assert (pixels[:, :2] == 255).all() and (pixels[:4, 2:] == 0).all() and (pixels[4:, 2:] == 255).all()

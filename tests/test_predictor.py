@@ -12,6 +12,7 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from blsam.config import CONFIGS
+from blsam.modeling.image_encoder import ImageEncoder
 from blsam.predictor import ResizeLongestSide, check_prompts
 from scripts.benchmarks.benchmark_row import reference_encoder
 from tests.helpers import DATA, gap
@@ -404,3 +405,43 @@ def test_a_mask_input_of_another_size_is_a_value_error():
     predictor.predict(mask_input=np.zeros((1, 32, 32), np.float32))
     with pytest.raises(ValueError, match="mask_input"):
         predictor.predict(mask_input=np.zeros((1, 10, 10), np.float32))
+
+
+def test_what_a_subclass_notes_is_kept(small):
+    class Own(SamPredictor):
+        def predict_torch(self, *args, **kwargs):
+            self.last = super().predict_torch(*args, **kwargs)
+            return self.last
+
+    predictor = Own(small)
+    predictor.set_image(PHOTOS["landscape"])
+    masks = predictor.predict(box=[60, 20, 250, 280])[0]
+    assert np.array_equal(predictor.last[0][0].numpy(), masks)
+
+
+def test_a_box_may_have_any_shape_of_four_numbers(small):
+    predictor = SamPredictor(small)
+    predictor.set_image(PHOTOS["landscape"])
+    expected = predictor.predict(box=[60, 20, 250, 280])[1]
+    for box in ([[60, 20, 250, 280]], [[60, 20], [250, 280]]):
+        assert np.array_equal(predictor.predict(box=np.array(box))[1], expected)
+
+
+def test_prompts_of_unlike_numbers_are_an_error_as_in_sam(small):
+    predictor = SamPredictor(small)
+    predictor.set_image(PHOTOS["landscape"])
+    with pytest.raises(RuntimeError):
+        predictor.predict_torch(torch.zeros(0, 1, 2), torch.zeros(0, 1), boxes=torch.ones(2, 4))
+
+
+def test_a_subclass_with_sams_forward_is_called_as_sam_calls_it(small):
+    class Own(ImageEncoder):
+        def forward(self, x):
+            return super().forward(x) * 0 + 1
+
+    sam = copy.copy(small)
+    encoder = Own(small.image_encoder.config, 256)
+    sam._modules = dict(small._modules, image_encoder=encoder.eval())
+    predictor = SamPredictor(sam)
+    predictor.set_image(PHOTOS["landscape"])
+    assert predictor.features.eq(1).all()

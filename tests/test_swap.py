@@ -76,3 +76,10 @@ def test_twice_is_as_once(as_before):
     blsam.install(image_size=64)
     blsam.uninstall()
     blsam.uninstall()
+
+
+@pytest.mark.parametrize(("options", "error"), [({"dtyp": "auto"}, TypeError), ({"dtype": "bf16"}, ValueError)])
+def test_options_are_looked_at_at_once(options, error):
+    with pytest.raises(error):
+        blsam.install(**options)
+    assert segment_anything.SamPredictor is not blsam.SamPredictor

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pycocotools import mask as rle_tools
 from pycocotools.coco import COCO
 
 from ..files import printable
+from ..images import read_image
 from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, size_of, wrong_box
 from .fields import find_image as find_image
 from .masks import BadMask, checked_mask
@@ -95,6 +95,7 @@ class Annotations:
 
         records = sorted(dataset["images"], key=lambda record: record["id"])[:limit]
         files = [find_image(images, record) for record in records]
+        _check_distinct(records, files, path)
         missing = [name_of(record) for record, file in zip(records, files) if file is None]
         if len(missing) == len(records):
             raise FileNotFoundError(f"none of the {len(records)} images of {path} is in {images}")
@@ -214,13 +215,21 @@ def _numbering(ids: list, what: str, path: str | Path, lowest: int) -> Numbering
         raise ValueError(f"{path}: {error}") from None
 
 
+def _check_distinct(records: list[dict], files: list[Path | None], path: str | Path) -> None:
+    """ValueError where two images of other names would be the same photo, as those of two folders put into one."""
+    names: dict[Path, str] = {}
+    for record, file in zip(records, files):
+        if file is not None and names.setdefault(file, name_of(record)) != name_of(record):
+            raise ValueError(
+                f"{path}: {printable(names[file])} and {printable(name_of(record))} would both be {file}; "
+                "give the folder that both names start from"
+            )
+
+
 def _size_of_file(path: Path) -> tuple[int, int]:
-    """height, width of a photo as stored, from its header."""
-    try:
-        with Image.open(path) as file:
-            return file.height, file.width
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or not an image ({str(error).splitlines()[0]})") from None
+    """height, width of a photo as stored: it is read, since a header may state those of the turned one."""
+    height, width = read_image(path, upright=False).shape[:2]
+    return height, width
 
 
 def _index(dataset: dict, kind: str, categories: Numbering) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..files import printable
+from ..files import is_file, printable
 from .masks import MOST_PIXELS
 
 Id = int | str
@@ -130,11 +130,8 @@ def find_image(folder: Path, record: dict) -> Path | None:
     """folder/<split of coco_url>/<name>, or folder/<name>, or where `file_name` leads; None if nothing is there."""
     for tail in _tails(record):
         path = folder.joinpath(*tail)
-        try:
-            if path.is_file():
-                return path
-        except OSError:  # a name that no file can have
-            continue
+        if is_file(path):
+            return path
     return None
 
 

@@ -136,7 +136,9 @@ def compressed_runs(counts: str | bytes) -> np.ndarray:
     A run is written in characters of 5 bits and a flag that more follow, from the lowest bits on, signed; from the
     fourth on as the difference from the run two before.
     """
-    data = np.frombuffer(counts.encode("utf-8", "replace") if isinstance(counts, str) else counts, np.uint8)
+    if isinstance(counts, str) and not counts.isascii():
+        raise BadMask("RLE that cannot be read")
+    data = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8)
     digits = data.astype(np.int64) - 48
     if not len(digits) or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         raise BadMask("RLE that cannot be read")

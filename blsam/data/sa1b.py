@@ -5,6 +5,7 @@ Every photo has an `id` and `read()`, whatever it lies in.
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import tarfile
@@ -147,12 +148,17 @@ def list_photos(
     return photos
 
 
+def hidden(name: str) -> bool:
+    """Whether a path is of a hidden file, or in a hidden folder."""
+    return any(part.startswith(".") and part != "." for part in PurePosixPath(name).parts)
+
+
 def _pairs(names: Iterable[str], plain: bool = False) -> tuple[list[tuple[str, str]], Counter[str]]:
     """(photo, json) of the same name among paths, sorted, hidden ones left out, and how many are without the other.
 
     plain: a photo without a json comes with "".
     """
-    known = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}
+    known = {name for name in names if not hidden(name)}
     photos = sorted(name for name in known if name.lower().endswith(SUFFIXES))
     texts = {name for name in known if name.endswith(".json")}
     named = [(name, str(PurePosixPath(name).with_suffix(".json"))) for name in photos]
@@ -179,7 +185,7 @@ def _in_folder(folder: Path, plain: bool) -> list[TrainingPhoto]:
     if not pairs:
         packed = sorted(name for name in files if name.endswith(PACKED))
         hint = f"; {packed[0]} is compressed, unpack it first" if packed else ""
-        what = "photo" if plain else "photo with a .json beside it (SA-1B's layout)"
+        what = "photo" if plain else "photo with a .json beside it (SA-1B's layout; --stage encoder needs none)"
         raise FileNotFoundError(f"{folder} has no {what}, and no .tar{hint}")
     _say_left_out(folder, left_out)
     return [(FilePhoto if text else PlainPhoto)(folder / name) for name, text in pairs]
@@ -194,11 +200,22 @@ def _in_tars(tars: Sequence[Path]) -> list[TrainingPhoto]:
         dotted = next((photo.id for photo in found if "." in photo.id), None)
         if dotted is not None:
             raise ValueError(f"{tar}: {printable(dotted)} has a dot in its name, at which webdataset would cut it")
+        together = _neighbours(members)
+        apart = next((n for n, j in pairs if together[n] != together[j]), None)
+        if apart is not None:
+            raise ValueError(f"{tar}: {printable(apart)} and its json do not lie side by side, as webdataset needs it")
         if not found:
             raise FileNotFoundError(f"{tar} has no photo with a .json beside it (SA-1B's layout)")
         _say_left_out(tar, left_out)
         photos += found
     return photos
+
+
+def _neighbours(members: Iterable[str]) -> dict[str, int]:
+    """The number of the run of files of one stem that each lies in; hidden ones do not count."""
+    visible = [name for name in members if not hidden(name)]
+    runs = itertools.groupby(visible, lambda name: PurePosixPath(name).with_suffix(""))
+    return {name: number for number, (_, run) in enumerate(runs) for name in run}
 
 
 def _members(tar: Path) -> dict[str, tuple[int, int]]:

@@ -21,7 +21,7 @@ from pycocotools import mask as rle_tools
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from ..images import SUFFIXES
-from .sa1b import TarPhoto, TrainingPhoto, parse
+from .sa1b import TarPhoto, TrainingPhoto, hidden, parse
 
 WITHOUT_DOT = tuple(suffix[1:] for suffix in SUFFIXES)
 LOW_RES = 4  # pixels of the input along a pixel of the decoder's masks, unless its embedding is finer
@@ -254,7 +254,7 @@ class TarViews(IterableDataset):
 
         pipeline = wds.DataPipeline(
             wds.SimpleShardList([tar]),
-            wds.tarfile_to_samples(handler=note),
+            wds.tarfile_to_samples(handler=note, select_files=lambda name: not hidden(name)),
             wds.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(f"{self.settings.seed} {epoch} {tar}")),
         )
         for sample in pipeline:

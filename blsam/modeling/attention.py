@@ -30,7 +30,8 @@ class Attention(_Attention):
 
     dim is the width of the tokens, inner that of queries, keys and values (SAM: the same). `semi_cross=False` takes keys
     and values from the query tokens alone. Attributes: `window`, which may be changed (the tables of positions are
-    resampled, as SAM does); `form`, a name of `product.FORMS` to force, None: what is fastest.
+    resampled, as SAM does); `form`, a name of `product.FORMS` to force, None: what is fastest. Called by hand, it is
+    SAM's on windows of `window` tokens a side: it cuts larger grids itself.
     """
 
     offsets_h: torch.Tensor
@@ -62,7 +63,7 @@ class Attention(_Attention):
         H' x W' is the grid, or with its padding if `qkv` is no plain layer.
         """
         sizes = [self.inner, 2 * self.inner]
-        x, chosen = x.to(input_dtype(self.qkv)), None
+        x = x.to(input_dtype(self.qkv))
         if not is_plain(self.qkv):
             height, width, side = *x.shape[1:3], self.window or 1
             q, kv = self.qkv(F.pad(x, (0, 0, 0, -width % side, 0, -height % side))).split(sizes, dim=-1)

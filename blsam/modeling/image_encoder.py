@@ -173,7 +173,8 @@ class ImageEncoder(ImageEncoderViT):
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Patches and their positions: [B, 3, S, S] -> [B, H, W, C] in the type of the positions, float32 as a rule."""
         # contiguous, or every norm would copy
-        return self.patch_embed(x.to(input_dtype(self.patch_embed))).contiguous() + self.pos_embed
+        tokens = self.patch_embed(x.to(input_dtype(self.patch_embed))).contiguous()
+        return tokens if self.pos_embed is None else tokens + self.pos_embed
 
     def run_stage(self, x: torch.Tensor, number: int | None, stage: Stage | None = None) -> torch.Tensor:
         """The layers of stage `number` (None: those before the first predictor): [B, H, W, C] -> the same.
@@ -192,10 +193,11 @@ class ImageEncoder(ImageEncoderViT):
 
     def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:
         size = self.img_size
-        stride = getattr(self.patch_embed.proj, "stride", (PATCH, PATCH))
         # patch embedding and positions may have been replaced, as for another grid
-        height, width = (n * step for n, step in zip(self.pos_embed.shape[1:3], stride))
-        if x.dim() != 4 or x.shape[2:] != (height, width):
+        stride = getattr(getattr(self.patch_embed, "proj", None), "stride", (PATCH, PATCH))
+        grid = x.shape[2:] if self.pos_embed is None else self.pos_embed.shape[1:3]
+        height, width = (n * step for n, step in zip(grid, stride))
+        if x.dim() != 4 or (self.pos_embed is not None and x.shape[2:] != (height, width)):
             raise ValueError(f"x must be [B, 3, {height}, {width}], is {list(x.shape)}")
         if isinstance(true_sizes, torch.Tensor):  # its values are not looked at: they may be a graph's input
             if true_sizes.shape != (x.shape[0], 2) or true_sizes.dtype != torch.int64:

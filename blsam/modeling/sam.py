@@ -39,7 +39,8 @@ class Sam(_Sam):
         """By whatever encoder is there, called as a module, so that hooks and compiled forms of it are used."""
         encoder: Any = self.image_encoder
         ours = getattr(encoder, "_orig_mod", encoder)  # of torch.compile(encoder)
-        if not isinstance(ours, ImageEncoder) or "forward" in vars(ours):
+        forward_is_ours = getattr(type(ours), "forward", None) is ImageEncoder.forward and "forward" not in vars(ours)
+        if not forward_is_ours:  # called as SAM calls it
             if keep_ratio is not None:
                 raise ValueError(f"keep_ratio means nothing to an image encoder of type {type(ours).__name__}")
             return encoder(batch), Routing()

@@ -304,3 +304,29 @@ def test_files_are_found_by_what_others_call_them(tmp_path, record, below):
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "a\0b.png", "x" * 5000, "a/" * 3000, "none.png", "\ud800"])
 def test_names_of_no_file(tmp_path, name):
     assert find_image(tmp_path, {"file_name": name}) is None
+
+
+def test_two_images_that_would_be_one_photo(dataset):
+    path, folder = dataset([annotation(1)])
+    content = json.loads(path.read_text())
+    for image, name in zip(content["images"], ("cam1/1.png", "cam2/1.png")):
+        image["file_name"] = name
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"cam2/1\.png and cam1/1\.png|cam1/1\.png and cam2/1\.png"):
+        Annotations(path, folder, "coco")
+    for image in content["images"]:
+        image["file_name"] = "1.png"  # twice the same is the same
+    path.write_text(json.dumps(content))
+    assert len(Annotations(path, folder, "coco").photos) == 2
+
+
+def test_a_turned_tiff_without_a_size_has_that_of_its_pixels(dataset):
+    path, folder = dataset([annotation(1)], files=())
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(folder / "1.tif", exif=exif)
+    content = json.loads(path.read_text())
+    content["images"] = [{"id": 1, "file_name": "1.tif"}]
+    path.write_text(json.dumps(content))
+    photo = Annotations(path, folder, "coco").photos[0]
+    assert (photo.height, photo.width) == (4, 6)

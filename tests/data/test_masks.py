@@ -8,6 +8,7 @@ from blsam.data.masks import BadMask, checked_mask, compressed_runs, to_rle
 
 NAN = float("nan")
 BAD = [  # on an image of 4 x 4
+    ({"size": [4, 4], "counts": "\ud800"}, "RLE that cannot be read"),
     ([], "no polygon of three corners"),
     ([[]], "no polygon of three corners"),
     ([[1, 1, 3, 3]], "no polygon of three corners"),  # pycocotools takes it for a box

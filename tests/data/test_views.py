@@ -131,3 +131,24 @@ def test_what_a_tar_lost_is_named(photos, tmp_path):
     samples = list(islice(TarViews(listed, SETTINGS, 0, 1, 1, 0), 8))
     assert sorted(s.id for s in samples if s.damaged) == ["sa_5", "sa_6", "sa_7"]
     assert all("not to be read from" in s.damaged for s in samples if s.damaged)
+
+
+def test_tars_of_macos_stream_all_their_photos(photos, tmp_path):
+    names = [f"sa_{i}{suffix}" for i in range(3) for suffix in (".jpg", ".json")]
+    with tarfile.open(tmp_path / "mac.tar", "w") as file:
+        for name in names:
+            hidden = tmp_path / f"._{name}"
+            hidden.write_bytes(b"\0\5\x16\7")
+            file.add(hidden, hidden.name)
+            file.add(photos / name, name)
+    samples = list(islice(_stream([tmp_path / "mac.tar"]), 3))
+    assert sorted(s.id for s in samples) == ["sa_0", "sa_1", "sa_2"] and not any(s.damaged for s in samples)
+
+
+def test_photos_far_from_their_json_are_refused_where_they_are_listed(photos, tmp_path):
+    with tarfile.open(tmp_path / "apart.tar", "w") as file:
+        for suffix in (".jpg", ".json"):
+            for i in range(3):
+                file.add(photos / f"sa_{i}{suffix}", f"sa_{i}{suffix}")
+    with pytest.raises(ValueError, match="do not lie side by side"):
+        list_photos([tmp_path / "apart.tar"])

@@ -220,3 +220,20 @@ def test_sams_state_loads_strictly_and_warm_starts(pair):
     own = {k: v for k, v in routed.state_dict().items() if k != "predictors.0.linear.bias"}
     with pytest.raises(RuntimeError, match=r"predictors\.0\.linear\.bias"):
         routed.load_state_dict(own)
+
+
+@torch.no_grad()
+def test_other_patches_and_no_positions(pair):
+    pair = copy.deepcopy(pair)
+    for encoder in pair:
+        torch.manual_seed(0)
+        encoder.patch_embed = nn.Sequential(nn.Conv2d(3, 64, 16, 16), nn.Flatten(2), Grid())
+        encoder.pos_embed = None
+    for size in (160, 96):
+        assert gap(pair[1](images(size=size)), pair[0](images(size=size))) <= 1e-4
+
+
+class Grid(nn.Module):
+    def forward(self, x):
+        side = round(x.shape[2] ** 0.5)
+        return x.unflatten(2, (side, side)).permute(0, 2, 3, 1)
