@@ -7,8 +7,8 @@
 
 A view of a photo at 1024 takes 2 MB: 470 GB for 2 % of SA-1B and one view, so the live teacher is the default. Training
 sees the same --views views of every photo again and again, and needs the same --image-size and --seed. With --stage
-encoder, as in that training, photos without a .json beside them are embedded too. A run that was killed goes on when the same command is given
-again, and more --views are added to those that are there.
+encoder, as in that training, photos without a .json beside them are embedded too. A run that was killed goes on when
+the same command is given again, and more --views are added to those that are there.
 """
 
 from __future__ import annotations
