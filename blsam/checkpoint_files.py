@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from .files import printable
+from .options import one_line
 
 AGAIN = "download it again"
 
@@ -38,7 +39,7 @@ def read_content(path: Path) -> tuple[Any, dict[str, str]]:
             with safe_open(path, framework="pt") as opened:
                 return {key: opened.get_tensor(key) for key in opened.keys()}, dict(opened.metadata() or {})
         except Exception as error:  # whatever damaged bytes make the reader raise
-            raise CheckpointError(f"{path} is damaged, or no safetensors file ({_reason(error)}); {AGAIN}") from None
+            raise CheckpointError(f"{path} is damaged, or no safetensors file ({one_line(error)}); {AGAIN}") from None
     if wrong := what_instead(path, head):
         raise CheckpointError(f"{path} {wrong}")
     return read_torch(path), {}
@@ -149,7 +150,7 @@ def read_torch(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} {_refused(str(error))}") from None
     except Exception as error:  # whatever damaged bytes make the unpickler raise
-        raise CheckpointError(f"{path} is damaged or not a checkpoint ({_reason(error)}); {AGAIN}") from None
+        raise CheckpointError(f"{path} is damaged or not a checkpoint ({one_line(error)}); {AGAIN}") from None
 
 
 def _refused(text: str) -> str:
@@ -163,7 +164,3 @@ def _refused(text: str) -> str:
     if "Unsupported operand" in text:
         return f"is damaged, or was written by pickle and not by torch.save; {AGAIN}, or {cure}"
     return f"is damaged or not a checkpoint; {AGAIN}"
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

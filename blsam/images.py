@@ -150,10 +150,8 @@ _header = threading.Lock()
 def _open(file: Any) -> Image.Image:
     """The header, however large the photo."""
     with _header:
-        pillow, Image.MAX_IMAGE_PIXELS = (
-            Image.MAX_IMAGE_PIXELS,
-            None,
-        )  # for all of the process: it would warn and raise
+        pillow = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None  # for all of the process: it would warn and raise
         try:
             return _identified(file)
         finally:

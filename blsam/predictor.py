@@ -24,7 +24,7 @@ from .images import as_photo, as_photos
 from .modeling.routing import Routing
 from .modeling.sam import Sam
 
-PHOTO = ("features", "routing", "original_size", "input_size", "is_image_set", "_batch")  # attributes of a predictor
+PHOTO = (*(field.name for field in fields(Encoded)), "is_image_set", "_batch")  # a predictor's attributes
 
 
 class ResizeLongestSide(_ResizeLongestSide):

@@ -1,6 +1,5 @@
 """The predictor path against segment_anything's, and the checks of prompts."""
 
-import copy
 import threading
 
 import numpy as np
@@ -12,7 +11,6 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from blsam.config import CONFIGS
-from blsam.modeling.image_encoder import ImageEncoder
 from blsam.predictor import ResizeLongestSide, check_prompts
 from scripts.benchmarks.benchmark_row import reference_encoder
 from tests.helpers import DATA, gap
@@ -185,65 +183,6 @@ def test_a_decoder_that_was_cast_names_the_option():
     assert predictor.features.dtype == torch.bfloat16
     with pytest.raises(RuntimeError, match='dtype="bfloat16"'):
         predictor.predict(box=np.array([1, 1, 50, 50]))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_encoder_may_be_cast_alone(dtype):
-    torch.manual_seed(0)
-    sam = sam_model_registry["blsam_vit_t"](image_size=128)
-    predictor = SamPredictor(sam)
-    sam.image_encoder.to(dtype)
-    predictor.set_image(PHOTOS["landscape"])
-    assert predictor.features.dtype == torch.float32
-    assert np.isfinite(predictor.predict(box=[60, 20, 250, 280])[1]).all()
-
-
-def test_another_encoder_is_used_as_in_sam(small):
-    class Own(torch.nn.Module):
-        img_size = 256
-
-        def forward(self, x):
-            self.seen = x.shape
-            return torch.ones(len(x), 256, 16, 16)
-
-    sam = copy.copy(small)
-    sam._modules = dict(small._modules, image_encoder=Own())
-    predictor = SamPredictor(sam)
-    predictor.set_image(PHOTOS["landscape"])
-    assert sam.image_encoder.seen == (1, 3, 256, 256) and predictor.features.eq(1).all()
-    assert predictor.predict(box=[60, 20, 250, 280])[0].shape == (3, 300, 512)
-    with pytest.raises(ValueError, match="keep_ratio means nothing to an image encoder of type Own"):
-        sam.encode_images([torch.zeros(3, 150, 256)], keep_ratio=0.5)
-
-
-@pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t"])
-def test_a_compiled_encoder_is_used(name):
-    torch.manual_seed(0)
-    sam = sam_model_registry[name](image_size=128)
-    predictor = SamPredictor(sam)
-    predictor.set_image(PHOTOS["landscape"])
-    plain, runs = predictor.features, []
-
-    def backend(graph, inputs):
-        return lambda *args: runs.append(1) or graph(*args)
-
-    sam.image_encoder = torch.compile(sam.image_encoder, backend=backend)
-    predictor.set_image(PHOTOS["landscape"])
-    assert runs and gap(predictor.features, plain) <= 1e-4
-    sam.image_encoder = sam.image_encoder._orig_mod
-    sam.image_encoder.compile(backend=backend)
-    runs.clear()
-    predictor.set_image(PHOTOS["portrait"])
-    assert runs
-    predictor.predict(box=[60, 20, 250, 280])
-
-
-def test_hooks_of_the_encoder_are_called(small):
-    seen, predictor = [], SamPredictor(small)
-    handle = small.image_encoder.register_forward_hook(lambda _, __, out: seen.append(out))
-    predictor.set_image(PHOTOS["landscape"])
-    handle.remove()
-    assert len(seen) == 1 and torch.equal(seen[0], predictor.features) and predictor.routing.stages
 
 
 def test_threads_never_mix_two_photos(small):
@@ -432,16 +371,3 @@ def test_prompts_of_unlike_numbers_are_an_error_as_in_sam(small):
     predictor.set_image(PHOTOS["landscape"])
     with pytest.raises(RuntimeError):
         predictor.predict_torch(torch.zeros(0, 1, 2), torch.zeros(0, 1), boxes=torch.ones(2, 4))
-
-
-def test_a_subclass_with_sams_forward_is_called_as_sam_calls_it(small):
-    class Own(ImageEncoder):
-        def forward(self, x):
-            return super().forward(x) * 0 + 1
-
-    sam = copy.copy(small)
-    encoder = Own(small.image_encoder.config, 256)
-    sam._modules = dict(small._modules, image_encoder=encoder.eval())
-    predictor = SamPredictor(sam)
-    predictor.set_image(PHOTOS["landscape"])
-    assert predictor.features.eq(1).all()

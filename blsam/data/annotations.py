@@ -20,7 +20,7 @@ from pycocotools.coco import COCO
 
 from ..files import printable
 from ..images import read_image
-from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, size_of, wrong_box
+from .fields import Id, Numbering, box_of, finite, is_crowd, key_of, name_of, read_json, reasons, size_of, wrong_box
 from .fields import find_image as find_image
 from .masks import BadMask, checked_mask
 from .masks import encode_mask as encode_mask
@@ -124,12 +124,11 @@ class Annotations:
             try:
                 if (one := self._cleaned(annotation, sizes)) is not None:
                     clean.append(one)
-            except BadMask as reason:
-                self.left_out[str(reason)] += 1
+            except BadMask as error:
+                self.left_out[str(error)] += 1
                 faults += 1
         if faults and not clean:
-            reasons = ", ".join(f"{n} {reason}" for reason, n in self.left_out.items() if n)
-            raise ValueError(f"{self.path}: no annotation can be used: {reasons}")
+            raise ValueError(f"{self.path}: no annotation can be used: {reasons(self.left_out)}")
         ids = _numbering([annotation.get("id") for annotation in clean], "annotations", self.path, 1)
         for annotation, number in zip(clean, ids.numbers):
             annotation["id"] = number

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -17,8 +17,8 @@ Id = int | str
 
 def read_json(path: Path, what: str = "annotations") -> Any:
     """The content of a json file in any of Unicode's encodings; FileNotFoundError or ValueError in one line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no {what} at {path}")
+    if not is_file(path):
+        raise FileNotFoundError(f"no {what} at {printable(path, 300)}")
     return parse_json(path.read_bytes(), str(path))
 
 
@@ -32,6 +32,11 @@ def parse_json(data: bytes, name: str) -> Any:
         raise ValueError(f"{name} is not json (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"{name} is not json ({error})") from None
+
+
+def reasons(left_out: Mapping[str, int]) -> str:
+    """What was left out and why, as people read it; empty if nothing was."""
+    return ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
 
 
 # --- ids -------------------------------------------------------------------------------------------------------------

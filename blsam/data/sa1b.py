@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..files import printable
 from ..images import SUFFIXES, read_annotated, read_image
 from .annotations import Annotations
-from .fields import finite, parse_json
+from .fields import finite, parse_json, reasons
 from .masks import BadMask, checked_mask, to_rle
 
 PACKED = (".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip")
@@ -170,8 +170,7 @@ def _pairs(names: Iterable[str], plain: bool = False) -> tuple[list[tuple[str, s
 
 def _say_left_out(place: Path, left_out: Counter[str]) -> None:
     if any(left_out.values()) and int(os.environ.get("RANK", 0)) == 0:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items() if n)
-        tqdm.write(f"left out of {place}: {reasons}", file=sys.stderr)
+        tqdm.write(f"left out of {place}: {reasons(left_out)}", file=sys.stderr)
 
 
 def _in_folder(folder: Path, plain: bool) -> list[TrainingPhoto]:

@@ -18,7 +18,7 @@ import torch
 from pycocotools.cocoeval import COCOeval
 
 from ..data.annotations import Annotations, Photo, encode_mask
-from ..data.fields import box_of, finite, read_json, wrong_box
+from ..data.fields import box_of, finite, read_json, reasons, wrong_box
 from ..decoding import decode
 from ..files import printable
 from .prompted import choose
@@ -56,10 +56,9 @@ def read_detections(path: Path, annotations: Annotations) -> tuple[dict[int, lis
             image, detection = read
             found[image].append(detection)
     if rows and sum(left_out.values()) == len(rows) and set(left_out) != {"detections on other images"}:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
         raise ValueError(
-            f"{path}: no detection can be used: {reasons}; each needs image_id and category_id of the annotations, "
-            f"bbox [x, y, w, h] and score, the first is {printable(rows[0])}"
+            f"{path}: no detection can be used: {reasons(left_out)}; each needs image_id and category_id of the "
+            f"annotations, bbox [x, y, w, h] and score, the first is {printable(rows[0])}"
         )
     return found, left_out
 

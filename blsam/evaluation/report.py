@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..data.fields import reasons
 from .prompted import SIZES
 
 ROWS = {
@@ -36,7 +37,7 @@ def table(figures: dict[str, Any], prompt: str) -> str:
 
 def left_out_line(left_out: dict[str, int]) -> str:
     """What was left out and why, in one line."""
-    return "left out: " + (", ".join(f"{n} {reason}" for reason, n in left_out.items() if n) or "nothing")
+    return f"left out: {reasons(left_out) or 'nothing'}"
 
 
 def speed(lines: list[dict[str, Any]]) -> dict[str, float | None]:

@@ -182,9 +182,8 @@ class ImageEncoder(ImageEncoderViT):
         Routed by `stage`; None: every token through the wide blocks alone, as the dense model does.
         """
         for i in self.config.layers_of(number):
-            block: Any = self.blocks[
-                i
-            ]  # a Block, or what training wrapped it in; called, so that wrappers and hooks see it
+            # a Block, or what training wrapped it in; called, so that wrappers and hooks see it
+            block: Any = self.blocks[i]
             if stage is not None:
                 x = block(x, stage)
             else:
@@ -216,8 +215,9 @@ class ImageEncoder(ImageEncoderViT):
 
 def _keep_what_is_added(encoder: ImageEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before a state is loaded: one that has nothing of what is added, as SAM's, gets it from the encoder."""
+    own = encoder.state_dict()
     for names in ADDED.values():
-        new = {prefix + key: value for key, value in encoder.state_dict().items() if re.match(names, key)}
+        new = {prefix + key: value for key, value in own.items() if re.match(names, key)}
         if not new.keys() & state.keys():
             state.update(new)
 
