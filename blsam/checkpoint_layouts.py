@@ -29,7 +29,7 @@ def find_state(content: Any, source: str, fits: Callable[[State], bool] | None =
 
     fits: which of several is wanted. CheckpointError if there is none, or more than one.
     """
-    dicts = list(_dicts(content, "", set()))
+    dicts = list(tensor_dicts(content))
     found = [(name, state) for path, tensors in dicts for name, state in _sams(path, tensors)]
     distinct = {_identity(state): (name, state) for name, state in reversed(found)}  # saved twice: the first
     if fits is not None and len(distinct) > 1:
@@ -46,11 +46,13 @@ def find_state(content: Any, source: str, fits: Callable[[State], bool] | None =
     return state
 
 
-def _dicts(content: Any, path: str, seen: set[int], depth: int = DEPTH) -> Iterator[tuple[str, State]]:
-    """All dictionaries with tensors in them, outermost first, by the keys that lead to them; not the optimiser's.
+def tensor_dicts(content: Any) -> Iterator[tuple[str, State]]:
+    """All dictionaries with tensors in them, outermost first, by the keys that lead to them; not the optimiser's."""
+    yield from _dicts(content, "", set())
 
-    Each once, or one that holds itself would lead in circles: `seen` are the ids of those that were looked at.
-    """
+
+def _dicts(content: Any, path: str, seen: set[int], depth: int = DEPTH) -> Iterator[tuple[str, State]]:
+    """Each once, or one that holds itself would lead in circles: `seen` are the ids of those that were looked at."""
     if not isinstance(content, (Mapping, list, tuple)) or id(content) in seen or not depth:
         return
     seen.add(id(content))

@@ -1,6 +1,7 @@
-"""The models, as data: what design choices make a `vit_b` or a `blsam_vit_b`.
+"""The models, as data: what design choices make a `vit_b`, a `blsam_vit_b` or a classifier.
 
-A model is one row of `CONFIGS`. Everything else (registry, tests, MAC counts) is generated from these rows.
+A segmenter is one row of `CONFIGS`, a classifier one of `CLASSIFIERS`. Everything else (registries, tests, MAC counts)
+is generated from these rows.
 Layers are counted from 0. The paper (arXiv 2410.10267) gives the predictors of H+B "after layers 8, 16, 24" with nine
 full layers (counted from 0) and those of B+T "after 1, 4, 7, 10" with one full layer (counted from 1): this is the
 reading in which every routed layer has a score.
@@ -15,12 +16,23 @@ FUSE = ("sublayer", "block")
 OUT_CHANNELS = 256  # of the embedding: what SAM's decoder expects
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
-    """An image encoder. With no `predictor_layers` it is SAM's own (exact), otherwise big.LITTLE.
+PLAIN: dict[str, Any] = {  # a transformer that is not routed
+    "e_dim": 0,
+    "e_heads": 0,
+    "e_layers": (),
+    "predictor_layers": (),
+    "fuse": "sublayer",
+    "semi_cross": True,
+    "e_block": True,
+    "score": "predictor",
+}
 
-    `grow`: cells of the embedding along a token's side, 1 as in SAM, 2 or 4 (ours: at half the input size a student
-    answers on the grid of its teacher). The last four fields exist for ablations and are off in every preset:
+
+@dataclass(frozen=True, kw_only=True)
+class LayersConfig:
+    """The layers of a vision transformer: plain with no `predictor_layers`, otherwise big.LITTLE.
+
+    The last four fields exist for ablations and are off in every preset:
     `fuse` "block" runs both P sublayers before one fusion (the paper's figure 2; "sublayer" is its Algorithm 1),
     `semi_cross` False takes keys and values from the prime tokens alone, `e_block` False leaves the narrow blocks out,
     `score` "norm" or "random" replaces the importance predictor when tokens are chosen (`modeling.routing.SCORERS`).
@@ -30,14 +42,10 @@ class EncoderConfig:
     dim: int
     depth: int
     heads: int
-    global_layers: tuple[int, ...]
-    window: int
     e_dim: int = 0
     e_heads: int = 0
-    e_global_heads: int | None = None  # of the narrow attention over the whole image; None: e_heads
     e_layers: tuple[int, ...] = ()
     predictor_layers: tuple[int, ...] = ()
-    grow: int = 1
     fuse: str = "sublayer"
     semi_cross: bool = True
     e_block: bool = True
@@ -46,7 +54,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
-        for heads in {self.e_heads, self.e_global_heads or self.e_heads} if self.e_layers else ():
+        for heads in {self.e_heads_of(i) for i in self.e_layers}:
             if self.e_dim % heads:
                 raise ValueError(f"e_dim {self.e_dim} is not a multiple of {heads} heads")
         if list(self.predictor_layers) != sorted(set(self.predictor_layers)):
@@ -54,8 +62,6 @@ class EncoderConfig:
         unrouted = [i for i in self.e_layers if self.stage_of(i) is None]
         if unrouted:
             raise ValueError(f"E-blocks on layers {unrouted}, which lie before the first predictor and run in full")
-        if self.grow not in (1, 2, 4):
-            raise ValueError(f"grow must be 1, 2 or 4, is {self.grow!r}")
         if self.fuse not in FUSE:
             raise ValueError(f"fuse must be one of {FUSE}, is {self.fuse!r}")
 
@@ -66,16 +72,13 @@ class EncoderConfig:
 
     @property
     def identity(self) -> str | dict[str, Any]:
-        """What records of a run say of a model: the name of a row of `CONFIGS`, all fields of any other."""
-        return self.name if CONFIGS.get(self.name) == self else asdict(self)
-
-    def is_global(self, layer: int) -> bool:
-        """Whether attention of this layer reaches over the whole image."""
-        return layer in self.global_layers
+        """What records of a run say of a model: the name of a row of `CONFIGS` or `CLASSIFIERS`, all fields of any
+        other."""
+        return self.name if self in (CONFIGS.get(self.name), CLASSIFIERS.get(self.name)) else asdict(self)
 
     def e_heads_of(self, layer: int) -> int:
         """Heads of the narrow attention of a layer."""
-        return self.e_global_heads or self.e_heads if self.is_global(layer) else self.e_heads
+        return self.e_heads
 
     def has_e_block(self, layer: int) -> bool:
         """Whether a narrow block runs beside this layer's wide one."""
@@ -90,23 +93,69 @@ class EncoderConfig:
         """The layers of a stage; None: those that run in full."""
         return tuple(i for i in range(self.depth) if self.stage_of(i) == stage)
 
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(LayersConfig):
+    """An image encoder. With no `predictor_layers` it is SAM's own (exact), otherwise big.LITTLE.
+
+    `e_global_heads`: heads of the narrow attention over the whole image, None: `e_heads`. `grow`: cells of the
+    embedding along a token's side, 1 as in SAM, 2 or 4 (ours: at half the input size a student answers on the grid of
+    its teacher).
+    """
+
+    global_layers: tuple[int, ...]
+    window: int
+    e_global_heads: int | None = None
+    grow: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grow not in (1, 2, 4):
+            raise ValueError(f"grow must be 1, 2 or 4, is {self.grow!r}")
+
+    def is_global(self, layer: int) -> bool:
+        """Whether attention of this layer reaches over the whole image."""
+        return layer in self.global_layers
+
+    def e_heads_of(self, layer: int) -> int:
+        return self.e_global_heads or self.e_heads if self.is_global(layer) else self.e_heads
+
     @property
     def dense(self) -> EncoderConfig:
         """The exact model whose checkpoints this one is warm-started from (itself, for an exact model)."""
         if not self.routed:
             return self
-        name, layers = self.name.removeprefix("blsam_"), self.global_layers
-        return EncoderConfig(name, self.dim, self.depth, self.heads, layers, self.window, grow=self.grow)
+        return replace(self, name=self.name.removeprefix("blsam_"), e_global_heads=None, **PLAIN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(LayersConfig):
+    """An image classifier: one routing over the whole image, absolute positions, a class token that is always prime.
+
+    patch: pixels along a token's side; image_size: of the preset, in pixels; classes: outputs of the head.
+    """
+
+    patch: int = 16
+    image_size: int = 224
+    classes: int = 1000
+
+    @property
+    def dense(self) -> ClassifierConfig:
+        """The plain ViT (DeiT) whose weights this one is warm-started from (itself, for a plain one)."""
+        if not self.routed:
+            return self
+        same = [c.name for c in CLASSIFIERS.values() if not c.routed and (c.dim, c.patch) == (self.dim, self.patch)]
+        return replace(self, name=same[0] if same else f"{self.name}_dense", **PLAIN)
 
 
 def _every(first: int, last: int, step: int = 1) -> tuple[int, ...]:
     return tuple(range(first, last + 1, step))
 
 
-_H = EncoderConfig("vit_h", dim=1280, depth=32, heads=16, global_layers=(7, 15, 23, 31), window=14)
-_L = EncoderConfig("vit_l", dim=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), window=14)
-_B = EncoderConfig("vit_b", dim=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), window=14)
-_T = EncoderConfig("vit_t", dim=192, depth=12, heads=3, global_layers=(2, 5, 8, 11), window=8)  # ours
+_H = EncoderConfig(name="vit_h", dim=1280, depth=32, heads=16, global_layers=(7, 15, 23, 31), window=14)
+_L = EncoderConfig(name="vit_l", dim=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), window=14)
+_B = EncoderConfig(name="vit_b", dim=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), window=14)
+_T = EncoderConfig(name="vit_t", dim=192, depth=12, heads=3, global_layers=(2, 5, 8, 11), window=8)  # ours
 
 CONFIGS: dict[str, EncoderConfig] = {
     config.name: config
@@ -133,5 +182,30 @@ CONFIGS: dict[str, EncoderConfig] = {
             e_layers=_every(1, 11),
             predictor_layers=(0, 3, 6, 9),
         ),
+    )
+}
+
+
+def _classifier(size: str, dim: int, heads: int) -> ClassifierConfig:
+    return ClassifierConfig(name=f"vit_{size}_patch16_224", dim=dim, depth=12, heads=heads)
+
+
+_EVERY_THREE: dict[str, Any] = {"e_layers": _every(1, 11), "predictor_layers": (0, 3, 6, 9)}  # as the paper's B+T
+_MINI = ClassifierConfig(name="vit_mini_patch4_32", dim=96, depth=12, heads=3, patch=4, image_size=32, classes=10)
+
+CLASSIFIERS: dict[str, ClassifierConfig] = {
+    config.name: config
+    for config in (
+        _classifier("base", 768, 12),
+        _classifier("small", 384, 6),
+        _classifier("tiny", 192, 3),
+        _MINI,  # ours: for photos of 32 pixels
+        replace(
+            _classifier("base", 768, 12), name="blvit_base_tiny_patch16_224", e_dim=192, e_heads=3, **_EVERY_THREE
+        ),
+        replace(
+            _classifier("small", 384, 6), name="blvit_small_tiny_patch16_224", e_dim=192, e_heads=3, **_EVERY_THREE
+        ),  # ours
+        replace(_MINI, name="blvit_mini_patch4_32", e_dim=24, e_heads=3, **_EVERY_THREE),  # ours
     )
 }

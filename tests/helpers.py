@@ -16,7 +16,7 @@ COCO = ("--annotations", DATA / "coco" / "instances_val2017.json", "--images", D
 needs_data = pytest.mark.skipif(not (DATA / "coco").is_dir(), reason="no coco photos (BLSAM_DATA)")
 
 TINY = EncoderConfig(
-    "tiny",
+    name="tiny",
     dim=64,
     depth=4,
     heads=4,

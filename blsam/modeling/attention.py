@@ -57,6 +57,11 @@ class Attention(_Attention):
         q, kv = self._projections(x, queries)
         return self.proj(self._all(q, kv) if queries is None else self._chosen(q, kv, queries, x.shape[:3]))
 
+    @property
+    def position_tables(self) -> tuple[nn.Parameter, ...]:
+        """What all heads share of relative positions, [2 * size - 1, d] each."""
+        return self.rel_pos_h, self.rel_pos_w
+
     def _projections(self, x: torch.Tensor, queries: Queries | None) -> tuple[torch.Tensor, torch.Tensor]:
         """q [B, H, W, inner], or [P, inner] of the queries, and kv [B, H', W', 2 * inner], or of the queries alone.
 

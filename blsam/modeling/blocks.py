@@ -74,6 +74,8 @@ class EBlock(nn.Module):
     zero (ours), so that a fresh E-block changes nothing.
     """
 
+    attn: Any  # as a block's
+
     def __init__(self, dim: int, inner: int, attn: nn.Module) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)

@@ -16,8 +16,9 @@ from .attention import Attention
 from .blocks import Block, EBlock, RoutedBlock
 from .layers import input_dtype
 from .product import FORMS
-from .routing import SCORERS, ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
-from .windows import PATCH, exporting, unpadded_sizes
+from .routing import ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
+from .staged import Staged, checked_ratio, checked_scorer
+from .windows import PATCH, exporting, real_tokens, unpadded_sizes
 
 # The names of parameters that SAM's encoder does not have, by what adds them; all others keep SAM's.
 ADDED = {"routing": r"(blocks\.\d+\.(e_block|fusion)|predictors)\.", "grow": r"neck\.grow\."}
@@ -61,7 +62,7 @@ def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Blo
     return RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block")
 
 
-class ImageEncoder(ImageEncoderViT):
+class ImageEncoder(Staged, ImageEncoderViT):
     """A square image to SAM's embedding.
 
     SAM's weights load into any of these models, `strict` or not: what routing or `grow` adds stays as it is where a
@@ -76,8 +77,7 @@ class ImageEncoder(ImageEncoderViT):
         nn.Module.__init__(self)  # SAM's own would make its layers
         if img_size < PATCH or img_size % PATCH:
             raise ValueError(f"image size must be a multiple of {PATCH}, is {img_size}")
-        if config.score not in SCORERS:
-            raise ValueError(f"score must be one of {', '.join(SCORERS)}, is {config.score!r}")
+        checked_scorer(config)
         self.config, self.img_size, self.keep_ratio = config, img_size, keep_ratio
         side = img_size // PATCH
         self.patch_embed = PatchEmbed(embed_dim=config.dim)
@@ -86,24 +86,6 @@ class ImageEncoder(ImageEncoderViT):
         self.predictors = nn.ModuleList(ImportancePredictor(config.dim) for _ in config.predictor_layers)
         self.neck = Neck(config.dim, config.grow)
         self.register_load_state_dict_pre_hook(_keep_what_is_added)
-
-    @property
-    def keep_ratio(self) -> float:
-        return self._keep_ratio
-
-    @keep_ratio.setter
-    def keep_ratio(self, value: float) -> None:
-        self._keep_ratio = _checked_ratio(value)
-
-    def use_dtype(self, dtype: torch.dtype) -> ImageEncoder:
-        """Hold and multiply the linear and convolution weights in `dtype`; returns self.
-
-        Norms, residual stream, softmax, positions and importance scores stay float32, as do input and embedding.
-        """
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d) and not name.startswith("predictors"):
-                module.to(dtype)
-        return self
 
     def use_form(self, form: str | None) -> ImageEncoder:
         """Compute every attention product in a form of `product.FORMS`, for an export; None: what is fastest here."""
@@ -149,26 +131,15 @@ class ImageEncoder(ImageEncoderViT):
         shapes, sizes, ratio or routing do not fit the image and the model.
         """
         self._check(x, true_sizes, routing)
-        keep_ratio = self.keep_ratio if keep_ratio is None else _checked_ratio(keep_ratio)
+        keep_ratio = self.keep_ratio if keep_ratio is None else checked_ratio(keep_ratio)
         if true_sizes is None:
             graph = exporting() or torch.compiler.is_compiling() or x.is_meta  # without values to look at
             true_sizes = unpadded_sizes(x) if self.predictors and keep_ratio < 1 and not graph else None
         elif not isinstance(true_sizes, torch.Tensor | None):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 
-        tokens = self.run_stage(self.stem(x), None)
-        stages: list[Stage] = []
-        for number, predictor in enumerate(self.predictors):
-            scores = predictor(tokens)
-            if routing is not None:
-                name = f"routing.stages[{number}]"
-                stage = route_supplied(routing.stages[number], scores, self.config.window, name)
-            else:
-                rank_by = SCORERS[self.config.score](tokens, scores, x, number)
-                stage = route(scores, rank_by, self.config.window, keep_ratio, true_sizes)
-            tokens = self.run_stage(tokens, number, stage)
-            stages.append(stage)
-        return self.neck(tokens.permute(0, 3, 1, 2)), Routing(tuple(stages))  # [B, H, W, C] -> [B, C, H, W]
+        tokens, found = self.run(x, keep_ratio, true_sizes, routing)
+        return self.compared(tokens), found
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         """Patches and their positions: [B, 3, S, S] -> [B, H, W, C] in the type of the positions, float32 as a rule."""
@@ -176,19 +147,28 @@ class ImageEncoder(ImageEncoderViT):
         tokens = self.patch_embed(x.to(input_dtype(self.patch_embed))).contiguous()
         return tokens if self.pos_embed is None else tokens + self.pos_embed
 
-    def run_stage(self, x: torch.Tensor, number: int | None, stage: Stage | None = None) -> torch.Tensor:
-        """The layers of stage `number` (None: those before the first predictor): [B, H, W, C] -> the same.
+    def compared(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The embedding: [B, H, W, C] -> [B, 256, h, w]."""
+        return self.neck(tokens.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
 
-        Routed by `stage`; None: every token through the wide blocks alone, as the dense model does.
-        """
-        for i in self.config.layers_of(number):
-            # a Block, or what training wrapped it in; called, so that wrappers and hooks see it
-            block: Any = self.blocks[i]
-            if stage is not None:
-                x = block(x, stage)
-            else:
-                x = block(x) if number is None else block.dense(x)
-        return x
+    def scores(self, number: int, tokens: torch.Tensor) -> torch.Tensor:
+        return self.predictors[number](tokens)
+
+    def choose(
+        self, scores: torch.Tensor, rank_by: torch.Tensor, keep_ratio: float, true_sizes: TrueSizes = None
+    ) -> Stage:
+        return route(scores, rank_by, self.config.window, keep_ratio, true_sizes)
+
+    def accept(self, supplied: Stage, scores: torch.Tensor, name: str) -> Stage:
+        return route_supplied(supplied, scores, self.config.window, name)
+
+    def asked(self, true_sizes: torch.Tensor) -> torch.Tensor:
+        side = self.img_size // PATCH
+        return real_tokens(side, side, true_sizes)
+
+    def real_cells(self, true_sizes: torch.Tensor) -> torch.Tensor:
+        side = self.img_size // PATCH * self.config.grow
+        return real_tokens(side, side, true_sizes, PATCH // self.config.grow)
 
     def _check(self, x: torch.Tensor, true_sizes: TrueSizes, routing: Routing | None) -> None:
         size = self.img_size
@@ -209,8 +189,6 @@ class ImageEncoder(ImageEncoderViT):
             for h, w in true_sizes:
                 if not (1 <= h <= size and 1 <= w <= size):
                     raise ValueError(f"true_sizes are (h, w) within 1 ... {size} pixels, one is {(h, w)}")
-        if routing is not None and len(routing.stages) != len(self.predictors):
-            raise ValueError(f"routing must have {len(self.predictors)} stages, has {len(routing.stages)}")
 
 
 def _keep_what_is_added(encoder: ImageEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -220,9 +198,3 @@ def _keep_what_is_added(encoder: ImageEncoder, state: dict[str, Any], prefix: st
         new = {prefix + key: value for key, value in own.items() if re.match(names, key)}
         if not new.keys() & state.keys():
             state.update(new)
-
-
-def _checked_ratio(keep_ratio: float) -> float:
-    if not keep_ratio > 0:
-        raise ValueError(f"keep ratio must be above 0 (1: all tokens), is {keep_ratio}")
-    return float(keep_ratio)

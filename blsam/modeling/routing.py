@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
@@ -120,7 +121,8 @@ class Group:
 class Queries:
     """A list of P query tokens, group by group, window by window.
 
-    tokens [P] int64 into the B*H*W tokens of the batch; y, x [P] int64, the place of each in its window.
+    tokens [P] int64 into the B*H*W tokens of the batch; y, x [P] int64, the place of each in its window (of a sequence
+    none has one).
     In the static form alone: live [P] bool, False for an unused slot; rows [B*H*W] int64, the row in which each token
     of the batch is found when those of the P slots are followed by those of all tokens.
     """
@@ -207,18 +209,65 @@ def route(
 
 def route_supplied(supplied: Stage, scores: torch.Tensor, window: int, name: str) -> Stage:
     """The stage of a routing made elsewhere; its counts may differ from those of any keep ratio."""
+    scores = _checked(supplied, scores, name)
+    counts = win.partition(supplied.mask.long(), window).sum(-1)
+    if supplied.counts.shape != counts.shape or not torch.equal(supplied.counts.to(counts), counts):
+        raise ValueError(f"{name}.counts do not match {name}.mask; Stage.from_mask makes them from it")
+    return _stage(scores, supplied.mask.float(), window, counts.tolist(), counts, static=False)
+
+
+def route_sequence(scores: torch.Tensor, rank_by: torch.Tensor, keep_ratio: float) -> Stage:
+    """Choose among the patches of sequences that begin with a class token, [B, 1 + n]: one choice for an image, the class
+    token prime beside it. Every image has as many queries, so that an export is in the same form."""
+    (b, n), device = rank_by.shape, rank_by.device
+    count, images = keep_count(n - 1, keep_ratio), torch.arange(b, device=device)
+    counts = torch.full((b, 1), min(count, n - 1), device=device)
+    if keep_ratio >= 1:
+        return Stage(torch.ones_like(scores, dtype=torch.bool), scores, counts)
+    rank_by = rank_by.detach()[:, 1:]
+    chosen = F.pad(choose(rank_by, count) + 1, (1, 0))  # [B, 1 + k], the class token first
+    queries = _of_sequences([(slice(0, b), images, chosen)], n)
+    ranks = F.pad(rank(rank_by) + 1, (1, 0))
+    mask = ranks <= count
+    if win.exporting():  # no scatter: each token is looked up, in the rows of the P queries or behind them
+        others = b * (1 + count) + images[:, None] * n + torch.arange(n, device=device)
+        rows = torch.where(mask, images[:, None] * (1 + count) + ranks, others)
+        queries = replace(queries, rows=rows.flatten())
+    return Stage(mask, scores, counts, image=queries)
+
+
+def route_sequence_supplied(supplied: Stage, scores: torch.Tensor, name: str) -> Stage:
+    """As `route_supplied`, for `route_sequence`: masks [B, 1 + n] are True at the class token."""
+    scores, mask = _checked(supplied, scores, name), supplied.mask
+    if not mask[:, 0].all():
+        raise ValueError(f"{name}.mask must be True at the class token, [:, 0]")
+    totals, images, found = mask.sum(1).tolist(), torch.arange(len(mask), device=mask.device), []
+    for group in _groups(0, totals, 1, mask.device):
+        of_each = mask[group.windows].nonzero()[:, 1].view(-1, group.count)
+        found.append((group.windows, images[group.windows], of_each))
+    counts = torch.tensor(totals, device=mask.device)[:, None] - 1
+    return Stage(mask, scores, counts, image=_of_sequences(found, mask.shape[1]))
+
+
+def _of_sequences(found: list[tuple[torch.Tensor | slice, torch.Tensor, torch.Tensor]], n: int) -> Queries:
+    """Queries from (places of the images in the batch, the same as numbers [G], their tokens [G, k]), for sequences of
+    n tokens."""
+    groups = tuple(Group(0, places, *of_each.shape) for places, _, of_each in found)
+    tokens = torch.cat([(numbers[:, None] * n + of_each).flatten() for _, numbers, of_each in found])
+    return Queries(tokens, groups, tokens[:0], tokens[:0])
+
+
+def _checked(supplied: Stage, scores: torch.Tensor, name: str) -> torch.Tensor:
+    """The scores of a stage made elsewhere, or these; ValueError unless its shapes fit."""
     if supplied.mask.shape != scores.shape or supplied.mask.dtype != torch.bool:
         raise ValueError(
             f"{name}.mask must be bool {list(scores.shape)}, is {supplied.mask.dtype} {list(supplied.mask.shape)}"
         )
-    counts = win.partition(supplied.mask.long(), window).sum(-1)
-    if supplied.counts.shape != counts.shape or not torch.equal(supplied.counts.to(counts), counts):
-        raise ValueError(f"{name}.counts do not match {name}.mask; Stage.from_mask makes them from it")
-    if supplied.scores is not None:
-        if supplied.scores.shape != scores.shape:
-            raise ValueError(f"{name}.scores must be {list(scores.shape)}, are {list(supplied.scores.shape)}")
-        scores = supplied.scores.to(scores)
-    return _stage(scores, supplied.mask.float(), window, counts.tolist(), counts, static=False)
+    if supplied.scores is None:
+        return scores
+    if supplied.scores.shape != scores.shape:
+        raise ValueError(f"{name}.scores must be {list(scores.shape)}, are {list(supplied.scores.shape)}")
+    return supplied.scores.to(scores)
 
 
 def _stage(

@@ -90,7 +90,7 @@ def calibrate(
             if not quiet:
                 tqdm.write(text, file=sys.stderr)
 
-        run = Calibration(sam, inputs, len(photos), settings, folder, identity, progress, note)
+        run = Calibration(sam.image_encoder, inputs, len(photos), settings, folder, identity, progress, note)
         rows = [{"keep_ratio": k, "cosine_before": c} for k, c in zip(run.ratios, run.cosines(run.ratios))]
         if annotations is not None:
             for row in rows:

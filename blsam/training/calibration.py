@@ -1,9 +1,11 @@
-"""A usable bLSAM from a SAM checkpoint and a few photos, without labels and without training end to end (ours).
+"""A usable big.LITTLE model from a dense checkpoint and a few photos, without labels and without training end to end
+(ours): a bLSAM from SAM's, a bLViT from a plain ViT's.
 
 1. *Fit* each E-branch, layer by layer, to what the P-branch adds to all tokens of the dense model's own stream.
 2. *Choose*: fit each importance predictor to where the E-branches of its stage are worst.
 3. *Correct*, stage by stage: run the routed model's own stream, and fit the stage's E-branches together so that it
-   comes out of the stage where the dense one does (out of the last: to the dense embedding), at several keep ratios.
+   comes out of the stage where the dense one does (out of the last: to the dense embedding, or normalised tokens), at
+   several keep ratios.
    Kept only if held-out photos say that it helps.
 
 No gradient passes through more than one stage. Both streams lie on disk, so memory does not grow with the number of
@@ -27,11 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import write_atomically
-from ..modeling.attention import Attention
 from ..modeling.blocks import EBlock, RoutedBlock
-from ..modeling.routing import ImportancePredictor, route
-from ..modeling.sam import Sam
-from ..modeling.windows import PATCH, real_tokens
+from ..modeling.routing import ImportancePredictor
+from ..modeling.staged import Staged
 from .descent import Descent
 from .losses import cosine_distance
 from .starts import start_attention, start_feed_forward
@@ -40,7 +40,7 @@ from .streams import Streams
 HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
 ROWS = 2048  # tokens of a feed-forward step
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
-STARTS = 32  # photos that the closed-form starts look at
+STARTS = 32  # photos that the closed-form starts look at, more where that many hold few tokens
 START_ROWS = 2**15  # tokens of theirs that are regressed on
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
@@ -65,17 +65,17 @@ class Settings:
 
 
 class Calibration:
-    """One run: `run()` fits the encoder of `sam` in place and returns what it found.
+    """One run: `run()` fits a model in place and returns what it found.
 
-    sam: a `blsam_*` model warm-started from a SAM checkpoint, in float32. inputs: preprocessed photos [3, S, S] on its
-    device, with their true sizes (h, w). folder: the run's files. identity: what else must be the same when a run goes
-    on. progress: called after every layer and stage with a line and the share of the whole that is done. note: called
-    once, with an estimate.
+    model: image encoder or classifier, big.LITTLE, warm-started from a dense checkpoint, in float32. inputs: preprocessed
+    photos [3, S, S] on its device, with their true sizes (h, w). folder: the run's files. identity: what else must be
+    the same when a run goes on. progress: called after every layer and stage with a line and the share of the whole
+    that is done. note: called once, with an estimate.
     """
 
     def __init__(
         self,
-        sam: Sam,
+        model: Staged,
         inputs: Callable[[int], tuple[torch.Tensor, tuple[int, int]]],
         count: int,
         settings: Settings,
@@ -84,30 +84,32 @@ class Calibration:
         progress: Callable[[str, float], None] = lambda text, done: None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.encoder, self.inputs, self.count, self.settings = sam.image_encoder, inputs, count, settings
+        self.model, self.inputs, self.count, self.settings = model, inputs, count, settings
         self.folder, self.progress, self.note = folder, progress, note
         self.identity = json.dumps(asdict(settings)) + identity
         self.held_out = np.arange(count)[HELD_OUT - 1 :: HELD_OUT] if count >= HELD_OUT else np.array([count - 1])
         self.fitted = np.setdiff1d(np.arange(count), self.held_out)
-        side = self.encoder.img_size // 16
         folder.mkdir(parents=True, exist_ok=True)
-        self.streams = Streams(folder, count, (side, side), self.encoder.config.dim, sam.device)
+        with torch.no_grad():
+            tokens = model.stem(inputs(0)[0][None])
+        self.device = tokens.device
+        self.streams = Streams(folder, count, tokens.shape[1:-1], tokens.shape[-1], self.device)
         self.sizes = [inputs(i)[1] for i in range(count)]
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
-        self.blocks = {i: block for i, block in enumerate(self.encoder.blocks) if isinstance(block, RoutedBlock)}
+        self.blocks = {i: block for i, block in enumerate(self.model.blocks) if isinstance(block, RoutedBlock)}
         self.layers = list(self.blocks)
         self.fits: dict[str, float] = {}
         branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
-        weight += len(self.encoder.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
-        self.descent = Descent(settings.minutes, weight, settings.dtype, sam.device)
+        weight += len(self.model.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
+        self.descent = Descent(settings.minutes, weight, settings.dtype, self.device)
 
     # --- the three passes ---------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Fit, choose, correct; returns the fit of each branch, seconds, and whether the third pass was kept."""
         before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(self.streams.device.type == "cpu", warn_only=True)
+        torch.use_deterministic_algorithms(self.device.type == "cpu", warn_only=True)
         try:
             return self._run()
         finally:
@@ -126,21 +128,21 @@ class Calibration:
             self._save(4, 0, ())
         corrected, ratio = self._learnt(), [self.settings.keep_ratio]
         cosines = {"corrected": self.cosines(ratio)[0]}
-        self.encoder.load_state_dict(fitted, strict=False)
+        self.model.load_state_dict(fitted, strict=False)
         cosines["fitted"] = self.cosines(ratio)[0]
         kept = cosines["corrected"] > cosines["fitted"]
         if kept:
-            self.encoder.load_state_dict(corrected, strict=False)
+            self.model.load_state_dict(corrected, strict=False)
         return {"explained": self.fits, "cosine": cosines, "correction_kept": kept, "seconds": self.descent.seconds}
 
     @torch.no_grad()
     def _dense_pass(self, start: int) -> None:
         """Passes 1 and 2 from layer `start` on, along the dense model's stream."""
-        streams, encoder, config = self.streams, self.encoder, self.encoder.config
+        streams, model, config = self.streams, self.model, self.model.config
         if start == 0:
-            streams.write("dense-0", lambda j: encoder.stem(self.inputs(j)[0][None]))
+            streams.write("dense-0", lambda j: model.stem(self.inputs(j)[0][None]))
         for i in range(start, config.depth):
-            block, before, after = encoder.blocks[i], f"dense-{i}", f"dense-{i + 1}"
+            block, before, after = model.blocks[i], f"dense-{i}", f"dense-{i + 1}"
             stage = config.stage_of(i)
             kept = [after, f"scored-{stage}", f"residual-{i + 1}"]
             if not isinstance(block, RoutedBlock):
@@ -155,7 +157,7 @@ class Calibration:
                 new = 0 if stage is None else stage + 1
                 for name in [f"scored-{new}", *(["dense-start"] if new == 0 else [])]:
                     self._write_through(nn.Identity(), after, name)
-                streams.write(f"residual-{i + 1}", lambda j: torch.zeros(streams.shape[1:3]), channels=1)
+                streams.write(f"residual-{i + 1}", lambda j: torch.zeros(streams.places), channels=1)
                 kept.append(f"scored-{new}")
             self._save(1, i + 1, kept)
 
@@ -165,17 +167,18 @@ class Calibration:
 
     def _fit_layer(self, i: int, block: RoutedBlock) -> None:
         """Both E-branches of a layer, then the layer's dense output and what the branches leave unexplained."""
-        streams, e, seed, side = self.streams, block.e_block, self.settings.seed, self.streams.shape[1]
+        streams, e, seed, tokens = self.streams, block.e_block, self.settings.seed, self.streams.tokens
         before, middle, after = f"dense-{i}", f"middle-{i}", f"dense-{i + 1}"
 
-        def some(name: str) -> torch.Tensor:
-            return streams.read(name, self.fitted[:: -(-len(self.fitted) // STARTS)])
+        starts = min(max(STARTS, START_ROWS // tokens), len(self.fitted))  # photos
+        stride = -(-starts * tokens // START_ROWS)
 
-        stride = -(-min(STARTS, len(self.fitted)) * side * side // START_ROWS)
+        def some(name: str) -> torch.Tensor:
+            return streams.read(name, self.fitted[:: -(-len(self.fitted) // starts)])
+
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
-            assert isinstance(e.attn, Attention) and isinstance(block.attn, Attention)
             start_attention(e.attn, block.attn, block.norm1(some(before)), stride)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
@@ -184,7 +187,7 @@ class Calibration:
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
             e.norm2.load_state_dict(block.norm2.state_dict())
-            start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, 2)[::stride])
+            start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, -2)[::stride])
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
         more = self._left_over(lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
@@ -194,7 +197,7 @@ class Calibration:
         streams.write(after, lambda j: streams.read(middle, j) + streams.read("target", j))
 
     def _left_over(self, branch: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor]:
-        """Squared distance between target and branch for every token of every photo: [H, W] each."""
+        """Squared distance between target and branch for every token of every photo: [*T] each."""
         found = []
         for j in range(self.count):
             target, d_e = self.streams.read("target", j), branch(j)
@@ -205,18 +208,17 @@ class Calibration:
     @torch.enable_grad()
     def _fit_predictor(self, stage: int, residual: str) -> None:
         """The stage's predictor, to the tokens of each window on which the E-branches are worst."""
-        predictor, window, keep = self.encoder.predictors[stage], self.encoder.config.window, self.settings.keep_ratio
+        predictor, keep = self.model.predictors[stage], self.settings.keep_ratio
         assert isinstance(predictor, ImportancePredictor)
         of_labels, of_real = [], []
-        side = self.streams.shape[1]
         for j in self.fitted:
             left = self.streams.read(residual, j)[..., 0]
-            of_labels.append(route(left, left, window, keep, [self.sizes[j]]).mask.flatten().cpu())
-            of_real.append(real_tokens(side, side, torch.tensor([self.sizes[j]])).flatten())
+            of_labels.append(self.model.choose(left, left, keep, [self.sizes[j]]).mask.flatten().cpu())
+            of_real.append(self.model.asked(torch.tensor([self.sizes[j]])).flatten())
         labels, real = torch.cat(of_labels), torch.cat(of_real)
-        tokens = side * side
+        tokens = self.streams.tokens
         places = (torch.as_tensor(self.fitted)[:, None] * tokens + torch.arange(tokens)).flatten()[real].numpy()
-        labels = labels[real].to(self.streams.device)
+        labels = labels[real].to(self.device)
         rng = np.random.default_rng([self.settings.seed, 2, stage])
         weight = torch.tensor([keep, 1 - keep], device=labels.device)  # as if both classes were equally frequent
 
@@ -239,15 +241,15 @@ class Calibration:
         if start == 0:
             streams.write("student-0", lambda j: streams.read("dense-start", j))
             streams.write("goal-0", lambda j: streams.read("dense-start", j))
-        for number in range(start, len(self.encoder.predictors)):
+        for number in range(start, len(self.model.predictors)):
             began = time.perf_counter()
-            dense = partial(self.encoder.run_stage, number=number)
+            dense = partial(self.model.run_stage, number=number)
             self._write_through(dense, f"goal-{number}", f"goal-{number + 1}")
             loss = self._fit_stage(number)
             self._write_routed(number)
             self.progress(
                 f"pass 3, stage {number}: error {loss:.4f}, {time.perf_counter() - began:.1f} s",
-                0.5 + (number + 1) / len(self.encoder.predictors) / 2,
+                0.5 + (number + 1) / len(self.model.predictors) / 2,
             )
             self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
 
@@ -262,16 +264,16 @@ class Calibration:
     def _routed(self, x: torch.Tensor, number: int, sizes: list[tuple[int, int]], keep_ratio: float) -> torch.Tensor:
         """A stage of the student, routed by its own predictor on the stream where the stage begins."""
         with torch.no_grad():
-            scores = self.encoder.predictors[number](x)
-        return self.encoder.run_stage(x, number, route(scores, scores, self.encoder.config.window, keep_ratio, sizes))
+            scores = self.model.scores(number, x)
+        return self.model.run_stage(x, number, self.model.choose(scores, scores, keep_ratio, sizes))
 
     @torch.enable_grad()
     def _fit_stage(self, number: int) -> float:
         """The E-branches of a stage together; the mean loss in the end."""
-        layers = self.encoder.config.layers_of(number)
+        layers = self.model.config.layers_of(number)
         branches = [self.blocks[i].e_block for i in layers]
         parameters = [p for e in branches if e is not None for p in e.parameters()]
-        last = layers[-1] == self.encoder.config.depth - 1
+        last = layers[-1] == self.model.config.depth - 1
 
         def loss(step: int) -> torch.Tensor:
             rng = np.random.default_rng([self.settings.seed, 3, number, step])
@@ -281,7 +283,7 @@ class Calibration:
             goal = self.streams.read(f"goal-{number + 1}", photos)
             x = self._routed(start, number, sizes, self.ratios[rng.integers(len(self.ratios))])
             if last:
-                return cosine_distance(self._neck(x), self._neck(goal))[self._real(sizes)].mean()
+                return cosine_distance(self.model.compared(x), self.model.compared(goal))[self._real(sizes)].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
@@ -303,7 +305,7 @@ class Calibration:
     @torch.enable_grad()
     def _fit_rows(self, e: EBlock, parameters: list, source: str, seed: list[int]) -> float:
         """An E-branch's feed-forward part to "target", on tokens drawn from all photos; the share it explains."""
-        tokens = self.streams.shape[1] * self.streams.shape[2]
+        tokens = self.streams.tokens
         places = (self.fitted[:, None] * tokens + np.arange(tokens)).reshape(-1)
 
         def loss(step: int) -> torch.Tensor:
@@ -319,37 +321,32 @@ class Calibration:
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
-    def _neck(self, x: torch.Tensor) -> torch.Tensor:
-        return self.encoder.neck(x.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, C, H, W]
-
     def _real(self, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The cells of embeddings that are not wholly in the padding."""
-        grow = self.encoder.config.grow
-        side = self.streams.shape[1] * grow
-        return real_tokens(side, side, torch.tensor(sizes, device=self.streams.device), PATCH // grow)
+        """The cells of what is compared that are not wholly in the padding."""
+        return self.model.real_cells(torch.tensor(sizes, device=self.device))
 
     def _dense(self, image: torch.Tensor) -> torch.Tensor:
-        """The dense model's embedding of an image [1, 3, S, S]."""
-        x = self.encoder.stem(image)
-        for number in (None, *range(len(self.encoder.predictors))):
-            x = self.encoder.run_stage(x, number)
-        return self._neck(x)
+        """What the dense model makes of an image [1, 3, S, S]."""
+        x = self.model.stem(image)
+        for number in (None, *range(len(self.model.predictors))):
+            x = self.model.run_stage(x, number)
+        return self.model.compared(x)
 
     @torch.no_grad()
     def cosines(self, keep_ratios: Sequence[float]) -> list[float]:
-        """For each keep ratio the mean cosine of held-out photos' embeddings to the dense model's, over real tokens."""
+        """For each keep ratio the mean cosine of held-out photos to the dense model's, over real cells."""
         found = []
         for j in self.held_out:
             x, size = self.inputs(j)
             real = self._real([size])
             dense = self._dense(x[None])
-            ours = [self.encoder(x[None], true_sizes=[size], keep_ratio=k) for k in keep_ratios]
+            ours = [self.model.compared(self.model.run(x[None], k, [size], None)[0]) for k in keep_ratios]
             found.append([1 - cosine_distance(one, dense)[real].mean().item() for one in ours])
         return np.mean(found, axis=0).tolist()
 
     def _learnt(self) -> dict[str, torch.Tensor]:
         """What calibration changes, copied."""
-        state = self.encoder.state_dict()
+        state = self.model.state_dict()
         return {
             k: v.detach().cpu().clone() for k, v in state.items() if ".e_block." in k or k.startswith("predictors")
         }
@@ -372,7 +369,7 @@ class Calibration:
             raise ValueError(
                 f"{self.folder} holds a run with other settings, weights or photos; remove it to begin anew"
             )
-        self.encoder.load_state_dict(state["learnt"], strict=False)
+        self.model.load_state_dict(state["learnt"], strict=False)
         self.fits = state["fits"]
         self.descent.start(state["weight_done"], state["seconds"])
         return state
@@ -388,15 +385,15 @@ class Calibration:
     def _estimate(self, seconds: float) -> str:
         """How long the whole run takes, from the seconds of the first routed layer and of one photo in each kind."""
         x, cost = self.streams.read(f"dense-{self.layers[0]}", 0), {}
-        for i in self.layers:
-            kind = self.encoder.config.is_global(i)
-            if kind not in cost:
+        windows = {i: self.blocks[i].window_size for i in self.layers}
+        for i, window in windows.items():
+            if window not in cost:
                 self.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
                 began = time.perf_counter()
                 self.blocks[i].dense(x).sum().item()
-                cost[kind] = time.perf_counter() - began
-        through = sum(cost[self.encoder.config.is_global(i)] for i in self.layers)
-        fit = seconds * through / cost[self.encoder.config.is_global(self.layers[0])]
+                cost[window] = time.perf_counter() - began
+        through = sum(cost[window] for window in windows.values())
+        fit = seconds * through / cost[windows[self.layers[0]]]
         steps = 4 * self.settings.stage_steps * self.settings.batch_size  # forward and back, both branches
         minutes = (fit + (steps + 2 * self.count) * through) / 60
         if self.settings.minutes is None or minutes <= self.settings.minutes:

@@ -2,8 +2,8 @@
 
 Attention: of the wide heads those are taken whose patterns together explain most of what the wide attention adds,
 whatever their own values do. The logits of a head are a bilinear form of the tokens, q . c, with c = scale * k or a row
-of the position tables: the narrow heads keep the directions of q that carry most of it, the same ones in every head,
-since all heads share the position tables. Values and projection are then fitted anew, head by head, by reduced-rank
+of the position tables: the narrow heads keep the directions of q that carry most of it, the same ones in every head
+where all heads share position tables. Values and projection are then fitted anew, head by head, by reduced-rank
 regression of what the wide attention adds on the tokens that the narrow patterns gather.
 
 Feed-forward: the hidden units that contribute most, their inputs cut to the directions that drive them, their outputs
@@ -20,21 +20,24 @@ import torch
 
 from ..modeling.attention import Attention
 from ..modeling.blocks import Block, EBlock
+from ..modeling.classifier import TokenAttention
 
 SKETCH = 64  # directions of the tokens that heads are chosen by
 SWEEPS = 4  # over the heads whose values are fitted in turn
 RIDGE = 0.1  # of that regression, as a share of the mean variance
 
+AnyAttention = Attention | TokenAttention
+
 
 @torch.no_grad()
-def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor, stride: int = 1) -> None:
-    """Set the weights of `narrow` from those of `wide`; x [B, H, W, dim], whole photos as both see them (normalised).
+def start_attention(narrow: AnyAttention, wide: AnyAttention, x: torch.Tensor, stride: int = 1) -> None:
+    """Set the weights of `narrow` from those of `wide`; x [B, *T, dim], whole photos as both see them (normalised).
 
     Every `stride`-th token is regressed on, which bounds the memory.
     """
-    rows = x.flatten(0, 2)[::stride].cpu().double()
+    rows = x.flatten(0, -2)[::stride].cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    target = wide(x).flatten(0, 2)[::stride].cpu().double()
+    target = wide(x).flatten(0, -2)[::stride].cpu().double()
     chosen = list(range(wide.num_heads))
     if narrow.num_heads < wide.num_heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
@@ -45,8 +48,8 @@ def start_attention(narrow: Attention, wide: Attention, x: torch.Tensor, stride:
     _fit_values(narrow, wide, chosen, seen, target)
 
 
-def _gathered(attention: Attention, head: int, x: torch.Tensor) -> torch.Tensor:
-    """The tokens as a head's pattern gathers them, softmax(logits) x: [B, H, W, dim] -> [B*H*W, dim].
+def _gathered(attention: AnyAttention, head: int, x: torch.Tensor) -> torch.Tensor:
+    """The tokens as a head's pattern gathers them, softmax(logits) x: [B, *T, dim] -> [tokens, dim].
 
     By the attention itself, every head made this one, the values a piece of the tokens each.
     """
@@ -63,7 +66,7 @@ def _gathered(attention: Attention, head: int, x: torch.Tensor) -> torch.Tensor:
     probe.qkv.bias.copy_(torch.cat([bias.repeat(1, heads).flatten(), pieces.new_zeros(heads * d)]))
     probe.proj.weight.copy_(pieces.T)
     probe.proj.bias.zero_()
-    return probe(x).flatten(0, 2)
+    return probe(x).flatten(0, -2)
 
 
 def _choose(seen: list[torch.Tensor], target: torch.Tensor, count: int) -> list[int]:
@@ -84,13 +87,13 @@ def _choose(seen: list[torch.Tensor], target: torch.Tensor, count: int) -> list[
 
 
 def _cut_logits(
-    narrow: Attention, wide: Attention, chosen: list[int], mean: torch.Tensor, moment: torch.Tensor
+    narrow: AnyAttention, wide: AnyAttention, chosen: list[int], mean: torch.Tensor, moment: torch.Tensor
 ) -> None:
     """Queries, keys and position tables of the narrow heads from those of the chosen wide ones."""
     dim, d, d_e = wide.qkv.in_features, wide.inner // wide.num_heads, narrow.inner // narrow.num_heads
     wq, wk = wide.qkv.weight.cpu().double().view(3, wide.num_heads, d, dim)[:2, chosen]
     bq, bk = wide.qkv.bias.cpu().double().view(3, wide.num_heads, d)[:2, chosen]
-    tables = [table.cpu().double() for table in (wide.rel_pos_h, wide.rel_pos_w)]
+    tables = [table.cpu().double() for table in wide.position_tables]
 
     # second moments: of q about zero; of keys about their mean, which no softmax sees
     extended = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
@@ -98,26 +101,27 @@ def _cut_logits(
     of_q = with_bias @ extended @ with_bias.mT  # [heads, d, d]
     of_c = wk @ (moment - mean.outer(mean)) @ wk.mT / d + sum(table.T @ table / len(table) for table in tables)
     r = min(d, d_e)
-    shared = of_q.sum(0)
-    _, inverse = _roots(shared)
-    directions = torch.linalg.eigh(inverse @ (of_q @ of_c @ of_q).sum(0) @ inverse).eigenvectors.flip(1)[:, :r]
-    p = inverse @ directions  # [d, r], p' shared p = 1
+    shared = of_q.sum(0, keepdim=True) if tables else of_q  # [1 or heads, d, d]
+    inverse = torch.stack([_roots(one)[1] for one in shared])
+    weighed = (of_q @ of_c @ of_q).sum(0, keepdim=True) if tables else of_q @ of_c @ of_q
+    directions = torch.linalg.eigh(inverse @ weighed @ inverse).eigenvectors.flip(-1)[..., :r]
+    p = inverse @ directions  # [1 or heads, d, r], p' shared p = 1
     # [heads, r, d]: the best k for q cut down to p' q; a pseudo-inverse, for queries may lie in fewer dimensions
-    back = torch.linalg.pinv(p.T @ of_q @ p, hermitian=True) @ p.T @ of_q
+    back = torch.linalg.pinv(p.mT @ of_q @ p, hermitian=True) @ p.mT @ of_q
     keys = back * (d_e / d) ** 0.5
 
     weight, bias = wq.new_zeros(2, narrow.num_heads, d_e, dim), bq.new_zeros(2, narrow.num_heads, d_e)
-    weight[0, :, :r], bias[0, :, :r] = p.T @ wq, bq @ p
+    weight[0, :, :r], bias[0, :, :r] = p.mT @ wq, (bq[:, None] @ p)[:, 0]
     weight[1, :, :r], bias[1, :, :r] = keys @ wk, (keys @ bk[..., None])[..., 0]
     narrow.qkv.weight[: 2 * narrow.inner].copy_(weight.flatten(0, 2))
     narrow.qkv.bias[: 2 * narrow.inner].copy_(bias.flatten())
-    for mine, table in zip((narrow.rel_pos_h, narrow.rel_pos_w), tables):
+    for mine, table in zip(narrow.position_tables, tables):
         mine.zero_()
-        mine[:, :r].copy_(table @ shared @ p)
+        mine[:, :r].copy_(table @ shared[0] @ p[0])
 
 
 def _fit_values(
-    narrow: Attention, wide: Attention, chosen: list[int], seen: list[torch.Tensor], target: torch.Tensor
+    narrow: AnyAttention, wide: AnyAttention, chosen: list[int], seen: list[torch.Tensor], target: torch.Tensor
 ) -> None:
     """Values and projection of the narrow heads: what the chosen heads add, then in turn more of what is left.
 

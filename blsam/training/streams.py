@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,21 +11,25 @@ import torch
 
 
 class Streams:
-    """What all photos hold at one place of the network, on disk: one file [photos, H, W, C] float32 for each name."""
+    """What all photos hold at one place of the network, on disk: one file [photos, *T, C] float32 for each name.
 
-    def __init__(self, folder: Path, photos: int, grid: tuple[int, int], dim: int, device: torch.device) -> None:
-        self.folder, self.shape, self.device = folder, (photos, *grid, dim), device
+    places: T, (H, W) of a grid or (n,) of a sequence; `tokens`: of a photo.
+    """
+
+    def __init__(self, folder: Path, photos: int, places: tuple[int, ...], dim: int, device: torch.device) -> None:
+        self.folder, self.places, self.device = folder, tuple(places), device
+        self.shape, self.tokens = (photos, *self.places, dim), math.prod(self.places)
 
     def write(self, name: str, make: Callable[[int], torch.Tensor], channels: int | None = None) -> None:
         """Fill `name` with make(i) for every photo i."""
-        shape = (*self.shape[:3], channels or self.shape[3])
+        shape = (*self.shape[:-1], channels or self.shape[-1])
         file = np.lib.format.open_memmap(self._path(name), "w+", np.float32, shape)
         for i in range(shape[0]):
             file[i] = make(i).view(shape[1:]).float().cpu().numpy()
         file.flush()
 
     def read(self, name: str, i: int | np.ndarray) -> torch.Tensor:
-        """Photo i, or several: [1 or n, H, W, C]."""
+        """Photo i, or several: [1 or n, *T, C]."""
         file = np.load(self._path(name), mmap_mode="r")
         return torch.from_numpy(np.array(file[i]).reshape(-1, *file.shape[1:])).to(self.device)
 

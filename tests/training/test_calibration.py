@@ -13,7 +13,7 @@ def test_the_predictors_are_fitted_in_float32(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sam = sam_model_registry["blsam_vit_t"](image_size=128)
     settings = Settings(steps=3, dtype="bfloat16")
-    run = Calibration(sam, lambda i: (torch.zeros(3, 128, 128), (128, 96)), 4, settings, tmp_path)
+    run = Calibration(sam.image_encoder, lambda i: (torch.zeros(3, 128, 128), (128, 96)), 4, settings, tmp_path)
     run.streams.write("scored-0", lambda i: torch.randn(8, 8, 192))
     run.streams.write("residual-1", lambda i: torch.rand(8, 8), channels=1)
     seen, cross_entropy = [], F.cross_entropy

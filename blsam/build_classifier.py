@@ -1,0 +1,101 @@
+"""Classifiers by name, with weights from a file: ours, DeiT's or timm's plain ViT's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .checkpoint import checked_path
+from .checkpoint_files import CheckpointError, read_content
+from .checkpoint_layouts import WRAPPED, State, describe, tensor_dicts
+from .config import ClassifierConfig
+from .modeling.classifier import ADDED, BLVisionTransformer
+from .precision import resolve_dtype
+
+MARK = "patch_embed.proj.weight"  # which every ViT has
+HEAD = ("head.weight", "head.bias")
+
+
+def build_classifier(
+    config: ClassifierConfig,
+    checkpoint: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    keep_ratio: float = 0.25,
+    dtype: str = "float32",
+    device: torch.device | str | None = None,
+) -> BLVisionTransformer:
+    """A classifier in eval mode.
+
+    Args:
+        config: a row of `CLASSIFIERS`, or one of your own.
+        checkpoint: a file of torch's or safetensors, ours or a plain ViT's of the same width and depth; None: random
+            weights.
+        image_size: side of the input in pixels; None: the preset's. Positions are resampled where the checkpoint has
+            others.
+        num_classes: None: as many as the checkpoint has, the preset's without. Others than the checkpoint's: a fresh
+            head.
+        keep_ratio: share of the patches that run through the wide blocks (plain models have no use for it).
+        dtype, device: as `build_sam`.
+
+    Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
+    """
+    device = torch.get_default_device() if device is None else device
+    compute = resolve_dtype(dtype, device)
+    state = None
+    if checkpoint is not None:
+        state = read_classifier(checkpoint)
+        classes = len(state["head.bias"]) if "head.bias" in state else None
+        num_classes = classes if num_classes is None else num_classes
+        if num_classes != classes:
+            state = {key: value for key, value in state.items() if key not in HEAD}
+    model = BLVisionTransformer(config, img_size=image_size, num_classes=num_classes, keep_ratio=keep_ratio)
+    if state is not None:
+        _load(model, state, str(checkpoint))
+    model.use_dtype(compute)
+    return model.eval().to(device)
+
+
+def read_classifier(path: str | Path) -> State:
+    """The ViT's state dict in a file, on the CPU; of a training checkpoint that has one beside it, the moving average.
+
+    FileNotFoundError if there is no such file, CheckpointError if it holds no ViT, or several.
+    """
+    path = checked_path(path)
+    content, _ = read_content(path)
+    found: dict[str, State] = {}
+    for name, tensors in tensor_dicts(content):
+        plain = {WRAPPED.sub("", key): value for key, value in tensors.items()}
+        for mark in (key for key in plain if key.endswith(MARK)):
+            before = mark.removesuffix(MARK)
+            found[name + before] = {k.removeprefix(before): v for k, v in plain.items() if k.startswith(before)}
+    averages = {name: state for name, state in found.items() if name.endswith("ema")}
+    found = averages or found
+    if not found:
+        raise CheckpointError(f"{path} holds no vision transformer: there is no {MARK} in it")
+    if len(found) > 1:
+        raise CheckpointError(f"{path} holds several models, {', '.join(found)}; save the one you want by itself")
+    return next(iter(found.values()))
+
+
+def _load(model: BLVisionTransformer, state: State, source: str) -> None:
+    """Strictly, but for what routing adds to a plain ViT and for the head of other classes; CheckpointError says in one
+    line what does not fit, and nothing is copied then."""
+    config, own = model.config, model.state_dict()
+    if (patch := state[MARK]).dim() != 4 or patch.shape[0] != config.dim or patch.shape[2] != config.patch:
+        raise CheckpointError(
+            f"{source} has patches of {list(patch.shape)}, {config.name} of {list(own[MARK].shape)}; {describe(state)}"
+        )
+    optional = {key for key in own if ADDED.match(key)} if not any(map(ADDED.match, state)) else set()
+    lost = [key for key in own if key not in state and key not in optional and key not in HEAD]
+    foreign = [key for key in state if key not in own]
+    if lost or foreign:
+        what = f"lacks {lost[0]}" if lost else f"has {foreign[0]}, which {config.name} does not know"
+        more = len(lost or foreign) - 1
+        raise CheckpointError(f"{source} {what}" + (f" (and {more} more)" if more else ""))
+    try:
+        model.load_state_dict(dict(state), strict=False)
+    except RuntimeError as error:  # of another shape
+        raise CheckpointError(f"{source} does not fit {config.name}: {str(error).splitlines()[-1].strip()}") from None
