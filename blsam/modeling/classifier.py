@@ -241,7 +241,8 @@ class BLVisionTransformer(Staged):
     def stem(self, x: torch.Tensor) -> torch.Tensor:
         tokens = self.patch_embed(x.to(input_dtype(self.patch_embed))).flatten(1, 2)  # [B, H, W, C] -> [B, n, C]
         return (
-            torch.cat([self.cls_token.expand(len(x), -1, -1), tokens.to(self.cls_token.dtype)], dim=1) + self.pos_embed
+            torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens.to(self.cls_token.dtype)], dim=1)
+            + self.pos_embed
         )
 
     def compared(self, tokens: torch.Tensor) -> torch.Tensor:

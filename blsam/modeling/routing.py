@@ -219,7 +219,7 @@ def route_supplied(supplied: Stage, scores: torch.Tensor, window: int, name: str
 def route_sequence(scores: torch.Tensor, rank_by: torch.Tensor, keep_ratio: float) -> Stage:
     """Choose among the patches of sequences that begin with a class token, [B, 1 + n]: one choice for an image, the class
     token prime beside it. Every image has as many queries, so that an export is in the same form."""
-    (b, n), device = rank_by.shape, rank_by.device
+    b, n, device = rank_by.shape[0], int(rank_by.shape[1]), rank_by.device
     count, images = keep_count(n - 1, keep_ratio), torch.arange(b, device=device)
     counts = torch.full((b, 1), min(count, n - 1), device=device)
     if keep_ratio >= 1:

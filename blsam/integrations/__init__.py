@@ -1,0 +1,1 @@
+"""The models under the names and tools of other libraries; each needs its library."""
