@@ -1,6 +1,8 @@
-"""A blsam model from a SAM checkpoint and a few photos, without training.
+"""A big.LITTLE model from a dense checkpoint and a few photos, without training: a bLSAM from SAM's, a bLViT classifier
+from DeiT's.
 
     blsam calibrate --model blsam_vit_b --checkpoint sam_vit_b_01ec64.pth --images PHOTOS -o blsam_vit_b.safetensors
+    blsam calibrate --model blvit_base_tiny_patch16_224 --checkpoint deit_base.pth --images PHOTOS -o blvit.safetensors
 
 A run that was killed goes on when the same command is given again.
 """
@@ -12,27 +14,33 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import SUFFIXES, checked_path
-from ..config import CONFIGS
+from ..config import CLASSIFIERS, CONFIGS
 from ..data.annotations import Annotations
 from ..evaluation.report import left_out_line
 from ..files import write_json
 from ..options import ROUTED, UsageError, add_option, check_output
-from ..training.calibrate import calibrate, choose_photos, default_limit, table
+from ..training.calibrate import calibrate, choose_photos, default_limit, default_settings, table
 from ..training.calibration import Settings
 
+CLASSIFIERS_ROUTED = tuple(name for name, config in CLASSIFIERS.items() if config.routed)
 MOST_STEPS = 1000  # of a fit, however many minutes there are
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, defaults = parser.add_argument, Settings()
-    add_option(parser, "--model", choices=ROUTED, default=None, required=True)
-    add_option(parser, "--checkpoint", required=True, help="of the dense model, in SAM's format")
+    add_option(parser, "--model", choices=(*ROUTED, *CLASSIFIERS_ROUTED), default=None, required=True)
+    add_option(parser, "--checkpoint", required=True, help="of the dense model: SAM's, or a plain ViT's")
     add("--images", type=Path, required=True, metavar="DIR", help="photos, unlabelled")
     add("--annotations", type=Path, metavar="JSON", help="COCO's format: box mean IoU before and after")
     add("--annotation-images", type=Path, metavar="DIR")
     add_option(parser, "--image-size")
     add_option(parser, "--keep-ratio", default=defaults.keep_ratio)
-    add("--limit", type=int, metavar="N", help="photos; default 64 for blsam_vit_t, 16 for the others")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="photos; default 64 for blsam_vit_t, 16 for other segmenters, 334 for classifiers at 224",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help=f"of each fit, twice as many of each stage; {defaults.steps}")
     length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
@@ -55,7 +63,9 @@ def run(args: argparse.Namespace) -> None:
     if not 0 < args.keep_ratio < 1 or (args.minutes is not None and not args.minutes > 0):
         raise UsageError("--keep-ratio lies between 0 and 1, --minutes above 0")
     checked_path(args.checkpoint)
-    config = CONFIGS[args.model]
+    config = CONFIGS.get(args.model) or CLASSIFIERS[args.model]
+    if args.annotations is not None and args.model in CLASSIFIERS:
+        raise UsageError("--annotations are of masks; a classifier is calibrated without")
     photos = choose_photos(args.images, default_limit(config) if args.limit is None else args.limit, args.seed)
     read = (args.checkpoint, args.annotations, *photos)
     check_output("--output", args.output, taken=read, what="a checkpoint", suffixes=SUFFIXES)
@@ -63,7 +73,9 @@ def run(args: argparse.Namespace) -> None:
     annotations = None
     if args.annotations is not None:
         annotations = Annotations(args.annotations, args.annotation_images, "coco")
-    settings = Settings(keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype)
+    settings = replace(
+        default_settings(config), keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype
+    )
     steps = MOST_STEPS if args.minutes is not None else args.steps
     if steps is not None:
         settings = replace(settings, steps=steps, stage_steps=2 * steps)

@@ -157,7 +157,7 @@ class BLVisionTransformer(Staged):
         super().__init__()
         checked_scorer(config)
         img_size = config.image_size if img_size is None else img_size
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         if any(side < config.patch or side % config.patch for side in self.img_size):
             raise ValueError(f"image size must be multiples of {config.patch}, is {self.img_size}")
         if global_pool != "token":

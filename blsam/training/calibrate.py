@@ -1,34 +1,51 @@
-"""A SAM checkpoint and a folder of photos in, a checkpoint of a `blsam_*` model out."""
+"""A dense checkpoint and a folder of photos in, a checkpoint of a big.LITTLE model out: of SAM's, or a plain ViT's."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .. import checkpoint as ckpt
+from ..build_classifier import build_classifier, read_classifier
 from ..build_sam import build_sam
-from ..config import EncoderConfig
+from ..config import ClassifierConfig, EncoderConfig, LayersConfig
 from ..data.annotations import Annotations
+from ..data.imagenet import classifier_input
 from ..distributed import peak_gb
 from ..evaluation.prompted import object_ious
 from ..files import sha256
 from ..images import photos_in, read_image
+from ..modeling.classifier import ADDED
 from ..modeling.sam import Sam
+from ..modeling.staged import Staged
 from ..predictor import SamPredictor
 from .calibration import Calibration, Settings
 
+TOKENS = 2**16  # of all photos together
+STEP = 2**11  # of a step
 
-def default_limit(config: EncoderConfig) -> int:
-    """Photos used when nobody says how many."""
+
+def default_limit(config: LayersConfig) -> int:
+    """Photos used when nobody says how many: such as hold 65,000 tokens or so at the preset's image size."""
+    if isinstance(config, ClassifierConfig):
+        return TOKENS // (config.image_size // config.patch) ** 2
     return 64 if config.dim < 384 else 16
+
+
+def default_settings(config: LayersConfig) -> Settings:
+    """Of a run when nobody says otherwise: as many tokens a step, whatever a photo holds."""
+    if isinstance(config, ClassifierConfig):
+        return Settings(batch_size=max(2, STEP // (config.image_size // config.patch) ** 2))
+    return Settings()
 
 
 def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
@@ -43,7 +60,7 @@ def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
 
 
 def calibrate(
-    config: EncoderConfig,
+    config: EncoderConfig | ClassifierConfig,
     checkpoint: str | Path,
     photos: Sequence[Path],
     output: str | Path,
@@ -54,29 +71,26 @@ def calibrate(
     device: torch.device | str = "cpu",
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Fit a big.LITTLE model to a SAM checkpoint on unlabelled photos, write it to `output`, return the report.
+    """Fit a big.LITTLE model to a dense checkpoint on unlabelled photos, write it to `output`, return the report.
 
     The report: `by_keep_ratio`, a list of keep_ratio, cosine_before and cosine_after (held-out photos, to the dense
-    embedding; before: zero E-branches and a fresh seeded predictor) and, with annotations, box_miou_before, _after,
-    _dense in percent; seconds (of the fitting; not of what is measured before and after it), photos, peak memory in GB,
-    what each branch explains, whether the correction was kept, the log.
+    embedding, of classifiers to the normalised tokens; before: zero E-branches and a fresh seeded predictor) and, with
+    annotations, box_miou_before, _after, _dense in percent (segmenters alone); seconds (of the fitting; not of what is
+    measured before and after it), photos, peak memory in GB, what each branch explains, whether the correction was kept,
+    the log.
 
     A run of the same settings that was killed goes on from `output`.calibration/.
     """
-    settings = settings or Settings()
+    settings = settings or default_settings(config)
     output = Path(output)
-    state, _ = ckpt.read(checkpoint, config)
-    if any(ckpt.ADDED["routing"].match(key) for key in state):
-        raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")
     torch.manual_seed(settings.seed)
-    sam = build_sam(config, checkpoint, image_size=image_size, keep_ratio=settings.keep_ratio, device=device)
-
-    def inputs(i: int) -> tuple[torch.Tensor, tuple[int, int]]:
-        return prepare(sam, photos[i])
+    whole, model, inputs = _build(config, checkpoint, photos, image_size, settings.keep_ratio, device)
+    if annotations is not None and not isinstance(whole, Sam):
+        raise ValueError("annotations of masks are for segmenters; a classifier is calibrated without")
 
     folder = output.with_name(output.name + ".calibration")
     files = [(str(p), p.stat().st_size) for p in photos]
-    identity = json.dumps([sha256(checkpoint), config.identity, sam.image_encoder.img_size, files])
+    identity = json.dumps([sha256(checkpoint), config.identity, model.img_size, files])
     with tqdm(total=100, unit="%", disable=quiet or not sys.stderr.isatty()) as bar:
         log: list[str] = []
 
@@ -90,22 +104,49 @@ def calibrate(
             if not quiet:
                 tqdm.write(text, file=sys.stderr)
 
-        run = Calibration(sam.image_encoder, inputs, len(photos), settings, folder, identity, progress, note)
+        run = Calibration(model, inputs, len(photos), settings, folder, identity, progress, note)
         rows = [{"keep_ratio": k, "cosine_before": c} for k, c in zip(run.ratios, run.cosines(run.ratios))]
-        if annotations is not None:
+        if annotations is not None and isinstance(whole, Sam):
             for row in rows:
-                row["box_miou_before"] = box_miou(sam, annotations, row["keep_ratio"])
+                row["box_miou_before"] = box_miou(whole, annotations, row["keep_ratio"])
         found = run.run()
     for row, cosine in zip(rows, run.cosines(run.ratios)):
         row["cosine_after"] = cosine
-        if annotations is not None:
-            row["box_miou_after"] = box_miou(sam, annotations, row["keep_ratio"])
-            row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(sam, annotations, 1.0)
-    report = {"by_keep_ratio": rows, **found, "log": log, "photos": len(photos), "peak_gb": peak_gb(sam.device)}
-    metadata = {"model": config.name, "image_size": sam.image_encoder.img_size, "calibration": report}
-    ckpt.save(output, sam.state_dict(), metadata)
+        if annotations is not None and isinstance(whole, Sam):
+            row["box_miou_after"] = box_miou(whole, annotations, row["keep_ratio"])
+            row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(whole, annotations, 1.0)
+    report = {"by_keep_ratio": rows, **found, "log": log, "photos": len(photos), "peak_gb": peak_gb(run.device)}
+    metadata = {"model": config.name, "image_size": model.img_size, "calibration": report}
+    ckpt.save(output, whole.state_dict(), metadata)
     shutil.rmtree(folder)
     return report
+
+
+Inputs = Callable[[int], tuple[torch.Tensor, tuple[int, int]]]
+
+
+def _build(
+    config: EncoderConfig | ClassifierConfig,
+    checkpoint: str | Path,
+    photos: Sequence[Path],
+    image_size: int | None,
+    keep_ratio: float,
+    device: torch.device | str,
+) -> tuple[nn.Module, Staged, Inputs]:
+    """The whole model on a dense checkpoint, the part that is fitted, and photo number i as that takes it."""
+    if isinstance(config, ClassifierConfig):
+        if any(map(ADDED.match, read_classifier(checkpoint))):
+            raise ckpt.CheckpointError(
+                f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one"
+            )
+        model = build_classifier(config, checkpoint, image_size=image_size, keep_ratio=keep_ratio, device=device)
+        size = model.img_size
+        return model, model, lambda i: (classifier_input(read_image(photos[i]), size[0]).to(device), size)
+    state, _ = ckpt.read(checkpoint, config)
+    if any(ckpt.ADDED["routing"].match(key) for key in state):
+        raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")
+    sam = build_sam(config, checkpoint, image_size=image_size, keep_ratio=keep_ratio, device=device)
+    return sam, sam.image_encoder, lambda i: prepare(sam, photos[i])
 
 
 def prepare(sam: Sam, photo: Path) -> tuple[torch.Tensor, tuple[int, int]]:

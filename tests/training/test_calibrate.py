@@ -10,13 +10,18 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from skimage import data
 
 from blsam import checkpoint as ckpt
 from blsam import sam_model_registry
+from blsam.build_classifier import build_classifier
 from blsam.cli import main
-from blsam.config import CONFIGS
+from blsam.config import CLASSIFIERS, CONFIGS
+from blsam.data.imagenet import classifier_input
+from blsam.images import read_image
+from blsam.modeling.classifier import BLVisionTransformer
 from blsam.options import shipped_checkpoint
 from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import Settings
@@ -197,3 +202,38 @@ def test_calibration_of_vit_b_at_1024(tmp_path):
         print(row)
         assert row["cosine_after"] > row["cosine_before"], row
     assert sam_model_registry["blsam_vit_b"](output).image_encoder.img_size == 1024
+
+
+def test_a_classifier_is_calibrated_by_the_same_command(photos, tmp_path, capsys):
+    """From the weights of a plain ViT to a bLViT that answers as it does, more than one without narrow blocks."""
+    torch.manual_seed(0)
+    config = CLASSIFIERS["blvit_mini_patch4_32"]
+    dense = BLVisionTransformer(config.dense).eval()
+    with torch.no_grad():
+        for name, p in dense.named_parameters():
+            if name.startswith("blocks.") and p.dim() == 2:
+                p *= 3  # fresh layers hardly add anything
+    start, out, report = tmp_path / "dense.pth", tmp_path / "out.safetensors", tmp_path / "report.json"
+    torch.save({"model": dense.state_dict()}, start)
+    command = ["calibrate", "--model", config.name, "--checkpoint", start, "--images", photos, "--steps", "6"]
+    assert not main(
+        [str(part) for part in (*command, "--limit", "6", "--dtype", "float32", "-o", out, "--json", report)]
+    )
+    assert "keep   cosine before   after" in capsys.readouterr().out
+    for row in json.loads(report.read_text())["by_keep_ratio"]:
+        assert 1 - row["cosine_after"] < 0.4 * (1 - row["cosine_before"]), row
+    model, photo = build_classifier(config, out), classifier_input(read_image(next(iter(photos.iterdir()))), 32)[None]
+    with torch.no_grad():
+        ours, theirs = model.encode(photo)[0], dense.encode(photo)[0]
+    assert F.cosine_similarity(ours, theirs, dim=-1).mean() > 0.8
+    with pytest.raises(ckpt.CheckpointError, match="big.LITTLE model already"):
+        calibrate(config, out, choose_photos(photos, 4, 0), tmp_path / "again.safetensors", quiet=True)
+
+
+def test_a_classifier_has_no_masks_to_be_measured_on(photos, tmp_path, capsys):
+    start = tmp_path / "dense.pth"
+    torch.save(BLVisionTransformer(CLASSIFIERS["vit_mini_patch4_32"]).state_dict(), start)
+    command = ["calibrate", "--model", "blvit_mini_patch4_32", "--checkpoint", start, "--images", photos]
+    more = ["--annotations", "a.json", "--annotation-images", photos, "-o", tmp_path / "out.pth"]
+    assert main([str(part) for part in (*command, *more)]) == 2
+    assert "a classifier is calibrated without" in capsys.readouterr().err
