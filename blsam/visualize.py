@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import matplotlib
@@ -81,15 +81,52 @@ def routing_figure(
     scores = [stage.scores[0].cpu().numpy() for stage in routing.stages if stage.scores is not None]
     if len(scores) < len(masks):
         raise ValueError("a routing without scores cannot be drawn: take the one that `encode` gives back")
+    return _stages_figure(image, masks, scores, layers, lambda tokens: to_photo(tokens, input_size, image.shape[:2]))
+
+
+def class_routing_figure(
+    image: np.ndarray, routing: Routing, grid: tuple[int, int], layers: tuple[int, ...]
+) -> Figure:
+    """As `routing_figure`, of a classifier, with the patches that were prime in every stage (the paper's figure 3).
+
+    image uint8 [S, S, 3], what the classifier saw; routing of it, with masks [1, 1 + n] of grid (h, w) patches.
+    ValueError for a plain model's routing.
+    """
+    if not routing.stages:
+        raise ValueError("a plain model has no routing: all its tokens run through every block")
+    patches = [(stage.mask[0, 1:], stage.scores) for stage in routing.stages]
+    masks = [mask.view(grid).cpu().numpy() for mask, _ in patches]
+    scores = [of_all[0, 1:].view(grid).cpu().numpy() for _, of_all in patches if of_all is not None]
+    if len(scores) < len(masks):
+        raise ValueError("a routing without scores cannot be drawn: take the one that `encode` gives back")
+
+    def to_pixels(tokens: np.ndarray) -> np.ndarray:
+        return cv2.resize(tokens, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+
+    return _stages_figure(image, masks, scores, layers, to_pixels, every=True)
+
+
+def _stages_figure(
+    image: np.ndarray,
+    masks: Sequence[np.ndarray],
+    scores: Sequence[np.ndarray],
+    layers: tuple[int, ...],
+    to_pixels: Callable[[np.ndarray], np.ndarray],
+    every: bool = False,
+) -> Figure:
+    """Two rows of panels, a column for the photo and for each stage; every: one more, of all stages together."""
     size, stages = image.shape[:2], len(masks)
-    width = 3.2
-    figure = Figure((width * (stages + 1), 2 * (width * size[0] / size[1] + 0.45)), layout="constrained")
-    axes = figure.subplots(2, stages + 1)
-    chosen = to_photo(np.stack(masks).sum(0, dtype=np.uint8), input_size, size)
+    width, columns = 3.2, stages + 1 + every
+    figure = Figure((width * columns, 2 * (width * size[0] / size[1] + 0.45)), layout="constrained")
+    axes = figure.subplots(2, columns)
+    chosen = to_pixels(np.stack(masks).sum(0, dtype=np.uint8))
     panels = [(axes[0, 0], image, "photo")]
     panels.append((axes[1, 0], draw_heat(image, chosen / stages, "viridis"), f"times prime, 0 to {stages}"))
+    if every:
+        panels.append((axes[0, -1], draw_prime(image, chosen == stages), "prime in every layer"))
+        panels.append((axes[1, -1], draw_prime(image, chosen == 0), "in none"))
     for i, (mask, score) in enumerate(zip(masks, scores), 1):
-        prime, pixels = to_photo(mask.astype(np.uint8), input_size, size), to_photo(score, input_size, size)
+        prime, pixels = to_pixels(mask.astype(np.uint8)), to_pixels(score)
         low, high = pixels.min(), pixels.max()
         share = 100 * prime.mean()
         panels.append((axes[0, i], draw_prime(image, prime > 0), f"after layer {layers[i - 1]}: {share:.0f} % prime"))

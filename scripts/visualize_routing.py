@@ -3,16 +3,24 @@
 
 python scripts/visualize_routing.py photo.jpg                          # runs/routing/photo.png
 python scripts/visualize_routing.py *.jpg --keep-ratio 0.1 -o pictures
+python scripts/visualize_routing.py dog.jpg --model blvit_base_tiny_patch16_224 --checkpoint trained.safetensors
 """
 
 import sys
+from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from blsam import SamPredictor, sam_model_registry
+from blsam.build_classifier import build_classifier
+from blsam.config import CLASSIFIERS
+from blsam.data.imagenet import MEAN, STD, classifier_input
 from blsam.files import write_atomically
 from blsam.images import read_image
 from blsam.options import (
@@ -25,22 +33,42 @@ from blsam.options import (
     exit_status,
     find_checkpoint,
 )
-from blsam.visualize import routing_figure
+from blsam.visualize import class_routing_figure, routing_figure
 
 
-def draw(predictor: SamPredictor, image: np.ndarray, path: Path) -> None:
-    """Encode a photo, uint8 [H, W, 3] RGB, and write the picture of its routing."""
-    predictor.set_image(image)
+def segmenter(args: Namespace, checkpoint: Path) -> Callable[[np.ndarray], Figure]:
+    """From a photo, uint8 [H, W, 3] RGB, to the picture of its routing."""
+    predictor = SamPredictor(sam_model_registry[args.model](checkpoint, **builder_options(args)))
     layers = predictor.model.image_encoder.config.predictor_layers
-    figure = routing_figure(image, predictor.routing, predictor.input_size, layers)
-    write_atomically(path, partial(figure.savefig, dpi=110))
+
+    def draw(image: np.ndarray) -> Figure:
+        predictor.set_image(image)
+        return routing_figure(image, predictor.routing, predictor.input_size, layers)
+
+    return draw
+
+
+def classifier(args: Namespace, checkpoint: Path) -> Callable[[np.ndarray], Figure]:
+    """As `segmenter`; the classifier sees the centre of the photo alone."""
+    model = build_classifier(CLASSIFIERS[args.model], checkpoint, **builder_options(args))
+    size, device = model.img_size[0], model.cls_token.device
+
+    @torch.no_grad()
+    def draw(image: np.ndarray) -> Figure:
+        seen = classifier_input(image, size)
+        _, routing = model.encode(seen[None].to(device))
+        pixels = (seen * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)).clamp(0, 1)
+        shown = (255 * pixels).round().byte().permute(1, 2, 0).numpy()  # [3, S, S] -> [S, S, 3]
+        return class_routing_figure(shown, routing, model.grid, model.config.predictor_layers)
+
+    return draw
 
 
 def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("photos", type=Path, nargs="+", metavar="PHOTO")
-    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--model", choices=(*ROUTED, *(name for name, config in CLASSIFIERS.items() if config.routed)))
     add_option(parser, "--checkpoint")
     add_option(parser, "--keep-ratio")
     add_option(parser, "--image-size")
@@ -57,10 +85,9 @@ def main() -> int:
         check_output("--output", path, taken=(*args.photos, checkpoint))
     images = [read_image(photo) for photo in args.photos]
 
-    sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
-    predictor = SamPredictor(sam)
+    draw = (classifier if args.model in CLASSIFIERS else segmenter)(args, checkpoint)
     for path, image in zip(paths, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
-        draw(predictor, image, path)
+        write_atomically(path, partial(draw(image).savefig, dpi=110))
         print(path)
     return 0
 

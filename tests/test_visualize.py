@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from blsam.modeling.routing import Routing, Stage
-from blsam.visualize import draw_heat, draw_prime, routing_figure, to_photo
+from blsam.visualize import class_routing_figure, draw_heat, draw_prime, routing_figure, to_photo
 
 
 def test_tokens_lie_on_their_pixels_and_padding_is_cut_off():
@@ -37,3 +37,18 @@ def test_figure_has_a_panel_for_every_stage():
     bare = Routing((Stage.from_mask(mask, 4),))
     with pytest.raises(ValueError, match="without scores"):
         routing_figure(np.zeros((64, 64, 3), np.uint8), bare, (64, 64), (0,))
+
+
+def test_figure_of_a_classifier_shows_what_was_prime_in_every_layer():
+    """The class token is none of the pixels; 2 of 4 patches are prime in the first stage, 1 of them in the second."""
+    masks = [torch.tensor([[True, True, True, False, False]]), torch.tensor([[True, True, False, False, True]])]
+    stages = tuple(Stage(mask, torch.rand(1, 5), mask.sum(1, keepdim=True) - 1) for mask in masks)
+    image = np.full((8, 8, 3), 200, np.uint8)
+    figure = class_routing_figure(image, Routing(stages), (2, 2), (0, 3))
+    panels = {axis.get_title(): axis.images[0].get_array() for axis in figure.axes}
+    assert len(panels) == 8 and "after layer 0: 50 % prime" in panels
+    bright = (panels["prime in every layer"] == 200).all(-1)
+    assert bright[:4, :4].all() and not bright[4:].any() and not bright[:, 4:].any()
+    assert (panels["in none"] == 200).all(-1).sum() == 16 and (panels["in none"][4:, :4] == 200).all()
+    with pytest.raises(ValueError, match="no routing"):
+        class_routing_figure(image, Routing(), (2, 2), ())
