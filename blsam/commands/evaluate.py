@@ -4,6 +4,7 @@ r"""Masks against annotations.
     blsam evaluate lvis --model blsam_vit_t --annotations lvis_v1_val.json --images coco --prompt point --num-points 3
     blsam evaluate zero-shot --model blsam_vit_t --dataset coco --boxes gt \
         --annotations instances_val2017.json --images val2017
+    blsam evaluate everything --model blsam_vit_t --annotations instances_val2017.json --images val2017 --limit 20
     torchrun --nproc-per-node 8 -m blsam evaluate coco ...          # the same tables, images shared out
 
 A run that was killed goes on with --resume.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -22,11 +24,12 @@ from typing import Any
 from ..config import CONFIGS
 from ..data.annotations import Annotations, Photo
 from ..distributed import Stopwatch, processes
+from ..evaluation.everything import FoundObjects, predict_everything
 from ..evaluation.instance_ap import InstanceAP, predict_boxes, read_detections, true_boxes
 from ..evaluation.models import Subject, load_subject
 from ..evaluation.prompted import PromptedIoU, predict_objects
 from ..evaluation.protocols import PROTOCOLS, SAMPLINGS, SELECTIONS, Protocol
-from ..evaluation.report import left_out_line, speed, table
+from ..evaluation.report import everything_table, left_out_line, speed, table
 from ..evaluation.runner import predict_photos
 from ..files import provenance, sha256, write_json
 from ..images import read_annotated
@@ -56,6 +59,12 @@ ZERO_SHOT = """Zero-shot instance segmentation: a mask for every box, scored by 
 A detector's file is a list of {image_id, category_id, bbox [x, y, w, h], score}. Class and score stay the detector's;
 true boxes have score 1. Writes the masks in COCO's results format.
 """
+EVERYTHING = """Everything-mode: how many masks a photo gets, and how many of the annotated objects are among them, by size.
+
+    blsam evaluate everything --model blsam_vit_t --annotations instances_val2017.json --images val2017 --limit 20
+
+The mask generator has SAM's defaults. An object is found where a mask has an IoU of 0.7 with it; crowds are left out.
+"""
 OVERRIDES = {  # option -> field of the protocol
     "point_sampling": "sampling",
     "select": "select",
@@ -65,7 +74,7 @@ OVERRIDES = {  # option -> field of the protocol
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    tasks = parser.add_subparsers(required=True, metavar="coco|lvis|zero-shot")
+    tasks = parser.add_subparsers(required=True, metavar="coco|lvis|zero-shot|everything")
     for name, words in (("coco", COCO), ("lvis", LVIS)):
         summary = f"mean IoU of prompted masks, {words['data']}"
         task = tasks.add_parser(name, help=summary, description=PROMPTED.format(name=name, **words))
@@ -74,6 +83,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task = tasks.add_parser("zero-shot", help="average precision of masks for boxes", description=ZERO_SHOT)
     add_zero_shot_arguments(task)
     task.set_defaults(task=run_zero_shot)
+    task = tasks.add_parser("everything", help="objects among everything-mode's masks", description=EVERYTHING)
+    add_everything_arguments(task)
+    task.set_defaults(task=run_everything)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -183,6 +195,9 @@ def run_prompted(args: argparse.Namespace) -> None:
         f"{len(lines)} images, {images} with objects, {figures['count']} objects; {left_out_line(figures['left_out'])}"
     )
     print(table(figures, args.prompt))
+    if "score_error" in figures:
+        rank = "-" if figures["score_rank"] is None else f"{figures['score_rank']:.2f}"
+        print(f"predicted IoU: off by {figures['score_error']:.3f} in the mean, rank correlation {rank}")
     finish(args, folder, settings, figures | {"images": len(lines)}, lines, world_size)
 
 
@@ -250,6 +265,59 @@ def zero_shot_counts(annotations: Annotations, figures: dict[str, Any], results:
         f"{figures['images']} images, {len(annotations.api.anns)} annotations, {figures['masks']} masks in {results}"
     )
     return f"{counts}; {left_out_line(figures['left_out'])}"
+
+
+# --- everything ------------------------------------------------------------------------------------------------------
+
+
+def add_everything_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    add = parser.add_argument_group("mask generator").add_argument
+    add("--dataset", choices=("coco", "lvis"), default="coco")
+    add("--points-per-side", type=int, default=32, metavar="N")
+    add("--pred-iou-thresh", type=float, default=0.88, metavar="T")
+    add("--stability-score-thresh", type=float, default=0.95, metavar="T")
+    add("--found-at", type=float, default=0.7, metavar="IOU", help="of an object and a mask")
+
+
+def run_everything(args: argparse.Namespace) -> None:
+    """`blsam evaluate everything`."""
+    if args.points_per_side < 1 or not 0 < args.found_at <= 1:
+        raise UsageError("--points-per-side is at least 1, --found-at lies in (0, 1]")
+    annotations = Annotations(args.annotations, args.images, args.dataset, args.limit, args.skip_missing)
+    subject = load_subject(args)
+    names = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")
+    options = {name: getattr(args, name) for name in names}
+    settings = {**subject.identity, **data_settings(args, annotations), "protocol": "everything"} | options
+    generator = generator_of(args, subject, options)
+
+    def predict(photo: Photo, watch: Stopwatch) -> list[dict[str, Any]]:
+        image = read_annotated(photo.path, (photo.height, photo.width))
+        with watch("masks"):
+            return predict_everything(generator, image)
+
+    folder = run_folder(args, f"{args.dataset}-everything", settings)
+    lines, world_size = predicted(args, annotations, predict, folder, settings, subject)
+    if lines is None:
+        return
+    evaluator = FoundObjects(annotations, args.found_at)
+    for photo, line in zip(annotations.photos, lines):
+        evaluator.process(photo, line["rows"])
+    figures = evaluator.evaluate() | {"images": len(lines)}
+    print(subject.describe())
+    print(f"protocol everything: {', '.join(f'{k} {v}' for k, v in options.items())}; found at IoU {args.found_at}")
+    print(everything_table(figures))
+    finish(args, folder, settings | {"found_at": args.found_at}, figures, lines, world_size)
+
+
+def generator_of(args: argparse.Namespace, subject: Subject, options: dict[str, Any]) -> Any:
+    """The mask generator of the package that the model is of; UsageError if it has none."""
+    package = args.model.split(":")[0] if ":" in args.model else args.predictor
+    kind = getattr(importlib.import_module(package), "SamAutomaticMaskGenerator", None)
+    if kind is None:
+        raise UsageError(f"{package} has no SamAutomaticMaskGenerator: it does not have SAM's interface")
+    return kind(subject.predictor.model, **options)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

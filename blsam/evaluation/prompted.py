@@ -170,6 +170,7 @@ class PromptedIoU:
             found = {"size": [photo.height, photo.width], "counts": row["counts"].encode()}
             value = float(rle_tools.iou([found], [target.rle], [0])[0, 0])
             base = {"image": photo.source_id, "annotation": target.source_id, "area": target.area, "iou": value}
+            base["score"] = row["score"]
             self.rows.append(base | shape_ious(target.box, mask))
             if self.prompt == "point":
                 self.discs.append(disc_ious(row["points"][0], mask))
@@ -178,7 +179,8 @@ class PromptedIoU:
         """Figures in percent (None where there is no object of a size), their counts, and what was left out.
 
         Keys: miou, miou_large ..., count, count_large ..., interval_95, interval_95_large ... (bootstrap over images),
-        baseline_ellipse, baseline_filled_box and, for points, baseline_disc, each by size too; left_out.
+        baseline_ellipse, baseline_filled_box and, for points, baseline_disc, each by size too; score_error, how far the
+        predicted IoU lies from the true one in the mean, and score_rank, their rank correlation (-1 ... 1); left_out.
         """
         column = {key: np.array([row[key] for row in self.rows]) for key in self.rows[0]} if self.rows else {}
         names = {"miou": "iou", "baseline_ellipse": "ellipse", "baseline_filled_box": "filled_box"}
@@ -198,7 +200,21 @@ class PromptedIoU:
             if member.any():
                 interval = bootstrap(100 * column["iou"][member], column["image"][member], self.seed)
                 figures["interval_95" + suffix] = interval
+        if len(self.rows) > 1:
+            figures["score_error"] = float(np.abs(column["score"] - column["iou"]).mean())
+            figures["score_rank"] = rank_correlation(column["score"], column["iou"])
         return figures | {"left_out": {reason: n for reason, n in sorted(self.left_out.items()) if n}}
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Spearman's, ties at their mean rank; None where all of either are the same."""
+    ranks = []
+    for values in (a, b):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((count.cumsum() - (count - 1) / 2)[place])
+    if min(np.ptp(one) for one in ranks) == 0:
+        return None
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def object_ious(

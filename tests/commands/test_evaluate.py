@@ -41,6 +41,8 @@ def test_a_checkpoint_is_hashed_without_being_held(monkeypatch):
         ("coco", ["--output", "a.json"], "a.json is a file, not a folder"),
         ("lvis", ["--seed", "-1"], "--seed is at least 0"),
         ("lvis", ["--prompt", "point", "--num-points", "0"], "--num-points is at least 1"),
+        ("everything", ["--points-per-side", "0"], "--points-per-side is at least 1"),
+        ("everything", ["--found-at", "1.5"], "--found-at lies in (0, 1]"),
     ],
 )
 def test_outputs_and_numbers_are_checked_first(task, more, message, tmp_path, monkeypatch, capsys):
@@ -56,7 +58,7 @@ def test_outputs_and_numbers_are_checked_first(task, more, message, tmp_path, mo
 
 
 def test_a_task_must_be_named(capsys):
-    assert main(["evaluate"]) == 2 and "coco|lvis|zero-shot" in capsys.readouterr().err
+    assert main(["evaluate"]) == 2 and "coco|lvis|zero-shot|everything" in capsys.readouterr().err
 
 
 def arguments(*more):

@@ -21,6 +21,7 @@ from blsam.evaluation.prompted import (
     iou,
     object_ious,
     predict_objects,
+    rank_correlation,
     shape_ious,
 )
 from blsam.evaluation.protocols import PROTOCOLS, Protocol
@@ -53,6 +54,10 @@ def test_a_4x4_case_by_hand(dataset):  # noqa: F811
     assert figures["baseline_filled_box"] == 100.0
     low, high = figures["interval_95"]
     assert low == pytest.approx(100 / 3) and high == pytest.approx(62.5)  # all draws of image 2, or of image 1
+    assert figures["score_error"] == pytest.approx(
+        np.mean([abs(score - v) for score, v in ((1, 1), (1, 0.25), (1, 1 / 3))])
+    )
+    assert figures["score_rank"] is None  # of scores that are all the same
     evaluator.reset()
     figures = evaluator.evaluate()
     assert figures["miou"] is None and figures["count"] == 0 and figures["interval_95"] is None
@@ -196,3 +201,13 @@ def test_object_ious_are_those_of_the_evaluator(annotated, weights):
         assert ious[name] == pytest.approx([100 * row["iou"] for row in evaluator.rows])
         assert ious[name].mean() == pytest.approx(evaluator.evaluate()["miou"])
     assert images.tolist() == [row["image"] for row in evaluators["box"].rows]
+
+
+def test_rank_correlation_is_scipys():
+    from scipy.stats import spearmanr
+
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 5, 50) / 4  # with ties
+    b = a + rng.normal(0, 0.3, 50)
+    assert rank_correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
+    assert rank_correlation(a, -a) == pytest.approx(-1) and rank_correlation(a, 0 * a) is None
