@@ -25,6 +25,7 @@ PLAIN: dict[str, Any] = {  # a transformer that is not routed
     "semi_cross": True,
     "e_block": True,
     "score": "predictor",
+    "gamma": True,
 }
 
 
@@ -32,10 +33,11 @@ PLAIN: dict[str, Any] = {  # a transformer that is not routed
 class LayersConfig:
     """The layers of a vision transformer: plain with no `predictor_layers`, otherwise big.LITTLE.
 
-    The last four fields exist for ablations and are off in every preset:
+    The last five fields exist for ablations and are off in every preset:
     `fuse` "block" runs both P sublayers before one fusion (the paper's figure 2; "sublayer" is its Algorithm 1),
     `semi_cross` False takes keys and values from the prime tokens alone, `e_block` False leaves the narrow blocks out,
-    `score` "norm" or "random" replaces the importance predictor when tokens are chosen (`modeling.routing.SCORERS`).
+    `score` "norm" or "random" replaces the importance predictor when tokens are chosen (`modeling.routing.SCORERS`),
+    `gamma` False lets prime tokens take nothing of the narrow blocks.
     """
 
     name: str
@@ -50,6 +52,7 @@ class LayersConfig:
     semi_cross: bool = True
     e_block: bool = True
     score: str = "predictor"
+    gamma: bool = True
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:

@@ -98,12 +98,15 @@ class EBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Adds both branches to x, with one learnt alpha and (beside an E-block) one gamma for each fusion of the layer."""
+    """Adds both branches to x, with one learnt alpha and (beside an E-block) one gamma for each fusion of the layer.
 
-    def __init__(self, fusions: int, e_block: bool) -> None:
+    gamma False: prime tokens take nothing of the E-branch.
+    """
+
+    def __init__(self, fusions: int, gamma: bool) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(fusions))
-        self.gamma = nn.Parameter(torch.full((fusions,), 1e-4)) if e_block else None
+        self.gamma = nn.Parameter(torch.full((fusions,), 1e-4)) if gamma else None
 
     def forward(
         self,
@@ -116,8 +119,7 @@ class Fusion(nn.Module):
     ) -> torch.Tensor:
         """Fusion number i of the layer: x [N, C], dE of all tokens [N, C] or None, dP [P, C], s of all -> [N, C]."""
         new = take(rows, prime) + (1 + self.alpha[i] * take(scores.view(-1, 1), prime)) * d_p
-        if d_e is not None:
-            assert self.gamma is not None  # it came from an E-block
+        if d_e is not None and self.gamma is not None:
             new = new + self.gamma[i] * take(d_e, prime)
         new = new.to(rows.dtype)  # scores are float32 whatever the tokens are
         if prime is None:
@@ -133,15 +135,17 @@ class Fusion(nn.Module):
 class RoutedBlock(Block):
     """A layer whose wide part runs on the prime tokens: x [B, ..., C] -> the same shape.
 
-    once: one fusion after both sublayers (the paper's figure 2) instead of one after each. `window_size` may be read:
-    the windows in which tokens were chosen are those of the model.
+    once: one fusion after both sublayers (the paper's figure 2) instead of one after each. gamma: as `Fusion`, beside an
+    E-block. `window_size` may be read: the windows in which tokens were chosen are those of the model.
     """
 
-    def __init__(self, dim: int, attn: nn.Module, e_block: EBlock | None, once: bool = False) -> None:
+    def __init__(
+        self, dim: int, attn: nn.Module, e_block: EBlock | None, once: bool = False, gamma: bool = True
+    ) -> None:
         super().__init__(dim, attn)
         self.once = once
         self.e_block = e_block
-        self.fusion = Fusion(1 if once else 2, e_block is not None)
+        self.fusion = Fusion(1 if once else 2, gamma and e_block is not None)
 
     @property
     def window_size(self) -> int:

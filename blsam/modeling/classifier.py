@@ -120,7 +120,7 @@ def build_layer(config: ClassifierConfig, layer: int) -> Block:
         if config.has_e_block(layer):
             narrow = TokenAttention(config.dim, config.e_dim, config.e_heads_of(layer))
             e_block = EBlock(config.dim, config.e_dim, narrow)
-        block = RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block")
+        block = RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block", gamma=config.gamma)
     block.mlp = Mlp(config.dim, 4 * config.dim)
     return block
 

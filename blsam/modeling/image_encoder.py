@@ -59,7 +59,7 @@ def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Blo
     if config.has_e_block(layer):
         narrow = Attention(config.dim, config.e_dim, config.e_heads_of(layer), window, grid)
         e_block = EBlock(config.dim, config.e_dim, narrow)
-    return RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block")
+    return RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block", gamma=config.gamma)
 
 
 class ImageEncoder(Staged, ImageEncoderViT):

@@ -99,3 +99,16 @@ def test_a_routed_block_takes_another_attention():
         fused = d_p * (1 + alpha[i] * scores[..., None]) + gamma[i] * d_e
         expected = expected + torch.where(mask[..., None], fused, d_e)
     assert gap(found, expected) < 1e-5, gap(found, expected)
+
+
+def test_without_gamma_prime_tokens_take_nothing_of_the_narrow_block():
+    """The others do; with gamma at zero it is the same."""
+    with_gamma, without = (randomize(ImageEncoder(replace(TINY, gamma=gamma), TINY_SIZE)) for gamma in (True, False))
+    without.load_state_dict({k: v for k, v in with_gamma.state_dict().items() if not k.endswith("gamma")})
+    with torch.no_grad():
+        for block in with_gamma.blocks:
+            if getattr(block, "fusion", None) is not None and block.fusion.gamma is not None:
+                block.fusion.gamma.zero_()
+    x = images()
+    assert torch.equal(with_gamma(x), without(x))
+    assert not any(name.endswith("gamma") for name, _ in without.named_parameters())

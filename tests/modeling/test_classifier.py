@@ -153,7 +153,7 @@ def test_attention_by_hand(semi_cross):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"fuse": "block"}, {"semi_cross": False}, {"e_block": False}, {"score": "norm"}]
+    "change", [{}, {"fuse": "block"}, {"semi_cross": False}, {"e_block": False}, {"score": "norm"}, {"gamma": False}]
 )
 def test_every_parameter_learns(change):
     model = small(replace(SMALL, **change)).train()
