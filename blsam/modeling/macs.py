@@ -1,4 +1,4 @@
-"""Multiply-adds of an image encoder, from its configuration alone.
+"""Multiply-adds of an image encoder or a classifier, from its configuration alone.
 
 Counted: linear layers, convolutions and attention products, relative positions included; not counted: norms, softmax,
 activations, sorting, gathering. Padded keys of partial windows count (w*w keys a window), padded queries do not. For
@@ -7,7 +7,7 @@ a batch of one; agrees with torch's FlopCounterMode / 2.
 
 from __future__ import annotations
 
-from ..config import OUT_CHANNELS, EncoderConfig
+from ..config import OUT_CHANNELS, ClassifierConfig, EncoderConfig
 from . import windows as win
 from .routing import keep_count
 
@@ -58,6 +58,37 @@ def sam_macs(config: EncoderConfig, image_size: int = 1024) -> int:
         else:
             total += _attention(padded, padded, (w, w), dim, dim)
         total += tokens * 8 * dim * dim
+    return total
+
+
+def classifier_macs(config: ClassifierConfig, image_size: int | None = None, keep_ratio: float = 0.25) -> int:
+    """MACs of a classifier for one image of image_size x image_size pixels (None: the preset's)."""
+    patches = ((image_size or config.image_size) // config.patch) ** 2
+    total = classifier_ends(config, patches)
+    for layer in range(config.depth):
+        queries = 1 + patches
+        if config.stage_of(layer) is not None and keep_ratio < 1:
+            queries = 1 + keep_count(patches, keep_ratio)
+        e_dim = config.e_dim if config.has_e_block(layer) else 0
+        total += sequence_layer(config.dim, 1 + patches, queries, e_dim, config.semi_cross)
+        if layer in config.predictor_layers:
+            total += patches * config.dim * 2
+    return total
+
+
+def classifier_ends(config: ClassifierConfig, patches: int) -> int:
+    """Patch embedding and head of a classifier."""
+    return patches * 3 * config.patch**2 * config.dim + config.classes * config.dim
+
+
+def sequence_layer(dim: int, tokens: int, queries: int, e_dim: int = 0, semi_cross: bool = True) -> int:
+    """A layer on a sequence without relative positions, `queries` of its tokens prime: 12 n C^2 + 2 n^2 C with all n of
+    them and no narrow block (e_dim 0)."""
+    keys = tokens if semi_cross else queries
+    total = _attention(queries, keys, (0, 0), dim, dim, queries * keys) + queries * 8 * dim * dim
+    if e_dim:
+        total += _attention(tokens, tokens, (0, 0), dim, e_dim, tokens * tokens)
+        total += tokens * (2 * dim * e_dim + 8 * e_dim * e_dim)
     return total
 
 
