@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -10,11 +14,12 @@ from .checkpoint import checked_path
 from .checkpoint_files import CheckpointError, read_content
 from .checkpoint_layouts import WRAPPED, State, describe, tensor_dicts
 from .config import ClassifierConfig
-from .modeling.classifier import ADDED, BLVisionTransformer
+from .modeling.classifier import BLVisionTransformer
 from .precision import resolve_dtype
 
 MARK = "patch_embed.proj.weight"  # which every ViT has
-HEAD = ("head.weight", "head.bias")
+HEADS = re.compile(r"head(_cls)?\.")  # head_cls: Evo-ViT's second
+Model = TypeVar("Model", bound=BLVisionTransformer)
 
 
 def build_classifier(
@@ -42,6 +47,21 @@ def build_classifier(
 
     Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
     """
+    make = partial(BLVisionTransformer, config, keep_ratio=keep_ratio)
+    return with_weights(make, checkpoint, image_size=image_size, num_classes=num_classes, dtype=dtype, device=device)
+
+
+def with_weights(
+    make: Callable[..., Model],
+    checkpoint: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    dtype: str = "float32",
+    device: torch.device | str | None = None,
+) -> Model:
+    """What `make` builds of img_size and num_classes, ready as `build_classifier` says, whose arguments and errors these
+    are."""
     device = torch.get_default_device() if device is None else device
     compute = resolve_dtype(dtype, device)
     state = None
@@ -50,8 +70,8 @@ def build_classifier(
         classes = len(state["head.bias"]) if "head.bias" in state else None
         num_classes = classes if num_classes is None else num_classes
         if num_classes != classes:
-            state = {key: value for key, value in state.items() if key not in HEAD}
-    model = BLVisionTransformer(config, img_size=image_size, num_classes=num_classes, keep_ratio=keep_ratio)
+            state = {key: value for key, value in state.items() if not HEADS.match(key)}
+    model = make(img_size=image_size, num_classes=num_classes)
     if state is not None:
         _load(model, state, str(checkpoint))
     model.use_dtype(compute)
@@ -81,21 +101,22 @@ def read_classifier(path: str | Path) -> State:
 
 
 def _load(model: BLVisionTransformer, state: State, source: str) -> None:
-    """Strictly, but for what routing adds to a plain ViT and for the head of other classes; CheckpointError says in one
-    line what does not fit, and nothing is copied then."""
+    """Strictly, but for what the model has besides a plain ViT and for heads of other classes; CheckpointError says in
+    one line what does not fit, and nothing is copied then."""
     config, own = model.config, model.state_dict()
     if (patch := state[MARK]).dim() != 4 or patch.shape[0] != config.dim or patch.shape[2] != config.patch:
         raise CheckpointError(
             f"{source} has patches of {list(patch.shape)}, {config.name} of {list(own[MARK].shape)}; {describe(state)}"
         )
-    optional = {key for key in own if ADDED.match(key)} if not any(map(ADDED.match, state)) else set()
-    lost = [key for key in own if key not in state and key not in optional and key not in HEAD]
+    state = dict(state)
+    model.complete(state)
+    lost = [key for key in own if key not in state and not HEADS.match(key)]
     foreign = [key for key in state if key not in own]
     if lost or foreign:
         what = f"lacks {lost[0]}" if lost else f"has {foreign[0]}, which {config.name} does not know"
         more = len(lost or foreign) - 1
         raise CheckpointError(f"{source} {what}" + (f" (and {more} more)" if more else ""))
     try:
-        model.load_state_dict(dict(state), strict=False)
+        model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # of another shape
         raise CheckpointError(f"{source} does not fit {config.name}: {str(error).splitlines()[-1].strip()}") from None

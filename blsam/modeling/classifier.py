@@ -214,8 +214,6 @@ class BLVisionTransformer(Staged):
         The masks [B, 1 + n] of a routing are True at the class token. A `routing` supplied replaces the choice, its
         scores the predictors' where they are not None. ValueError where shapes, ratio or routing do not fit.
         """
-        if x.dim() != 4 or tuple(x.shape[2:]) != self.img_size:
-            raise ValueError(f"x must be [B, 3, {self.img_size[0]}, {self.img_size[1]}], is {list(x.shape)}")
         tokens, found = self.run(x, keep_ratio, None, routing)
         return self.norm(tokens), found
 
@@ -239,6 +237,8 @@ class BLVisionTransformer(Staged):
     # --- what stages ask ---------------------------------------------------------------------------------------------
 
     def stem(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() != 4 or tuple(x.shape[2:]) != self.img_size:
+            raise ValueError(f"x must be [B, 3, {self.img_size[0]}, {self.img_size[1]}], is {list(x.shape)}")
         tokens = self.patch_embed(x.to(input_dtype(self.patch_embed))).flatten(1, 2)  # [B, H, W, C] -> [B, n, C]
         return (
             torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens.to(self.cls_token.dtype)], dim=1)
@@ -268,6 +268,12 @@ class BLVisionTransformer(Staged):
     def real_cells(self, true_sizes: torch.Tensor) -> torch.Tensor:
         """All tokens: classifiers see no padding."""
         return torch.ones_like(self.asked(true_sizes))
+
+    def complete(self, state: dict[str, Any], prefix: str = "") -> None:
+        """Add to a plain ViT's state what this model has besides, in place; one that has any of it stays as it is."""
+        new = {prefix + name: value for name, value in self.state_dict().items() if ADDED.match(name)}
+        if not new.keys() & state.keys():
+            state.update(new)
 
     # --- what timm's tools call ---------------------------------------------------------------------------------------
 
@@ -309,14 +315,11 @@ class BLVisionTransformer(Staged):
 
 
 def _fit_to_model(model: BLVisionTransformer, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a state is loaded: positions of another image size are resampled, and what a plain ViT has not comes from
-    the model."""
-    own, key = model.state_dict(), prefix + "pos_embed"
+    """Before a state is loaded: positions of another image size are resampled, and what a plain ViT has not is added."""
+    key = prefix + "pos_embed"
     if key in state:
         state[key] = resample_positions(state[key], model.grid)
-    new = {prefix + name: value for name, value in own.items() if ADDED.match(name)}
-    if not new.keys() & state.keys():
-        state.update(new)
+    model.complete(state, prefix)
 
 
 def resample_positions(positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -1,0 +1,199 @@
+"""What methods that drop, merge or park tokens share: one walk through the blocks of a plain ViT, with hooks.
+
+A method is a subclass that overrides the steps it changes; each takes the tokens of a pass and returns them:
+
+    begin            after patches and positions
+    before_block     choose or remove (DynamicViT, Evo-ViT), decide (AdaViT)
+    attention        the first sublayer; `attend` is what lies between its linear layers (masks, sampled rows)
+    between          remove or merge, with the layer's queries, keys and values at hand (EViT, ToMe)
+    feed_forward     the second sublayer
+    after_block      halt (A-ViT), put back (Evo-ViT)
+    finish           what the head reads, and what training looks at
+
+Every method really removes: what it drops is not computed. Parameters keep timm's names, so that DeiT's weights load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchvision.ops import stochastic_depth
+
+from ..config import ClassifierConfig
+from ..modeling.blocks import Block
+from ..modeling.classifier import BLVisionTransformer, Classified, TokenAttention
+from ..modeling.layers import input_dtype
+from ..modeling.routing import Routing
+from .macs import LayerTokens, layers_macs
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a pass, between two steps.
+
+    x [B, m, C], the class token first; places [B, m] int64, which of the 1 + n tokens each is, -1 for one made of
+    several; losses: terms of the loss so far, weighted, scalars; carried: what a method takes along.
+    """
+
+    x: torch.Tensor
+    places: torch.Tensor
+    losses: dict[str, torch.Tensor] = field(default_factory=dict)
+    carried: Any = None
+
+
+class Projected(NamedTuple):
+    """Queries, keys and values of a layer, [B, heads, m, d] each."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def class_attention(self) -> torch.Tensor:
+        """How the class token looks at all: softmax(q_cls k^T / sqrt d), [B, heads, m], float32.
+
+        One row, computed beside the fused product, which returns no weights; not rounded, or scores tie and ties
+        decide which tokens are kept.
+        """
+        kind = self.q.device.type if torch.amp.is_autocast_available(self.q.device.type) else "cpu"  # "meta" has none
+        with torch.autocast(kind, enabled=False):
+            logits = self.q[:, :, :1].float() @ self.k.float().transpose(2, 3)
+            return (logits * self.q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, 0]
+
+
+@dataclass(frozen=True)
+class BaselineOptions:
+    """What can be chosen of a method; each has its own, with the paper's values as defaults."""
+
+
+class Baseline(BLVisionTransformer):
+    """A plain ViT that computes fewer tokens as it goes. This class itself changes nothing.
+
+    A pass looks at the options in training and evaluation alike, unless a method says otherwise. Stochastic depth is
+    drawn for each sublayer, as DeiT does: tokens before a block and after it may not be the same.
+
+    Attributes: `Options`, the dataclass of the method; `options`, one of them.
+    """
+
+    Options: ClassVar[type[BaselineOptions]] = BaselineOptions
+    options: Any
+
+    def __init__(self, config: ClassifierConfig, options: BaselineOptions | None = None, **vit: Any) -> None:
+        """config: of a plain ViT; options: None, the defaults; vit: the other arguments of `BLVisionTransformer`."""
+        if config.routed:
+            raise ValueError(
+                f"{type(self).__name__} runs on a plain ViT: {config.name} is routed, take its dense model"
+            )
+        super().__init__(config, **vit)
+        self.options = self.Options() if options is None else options
+
+    # --- the walk ----------------------------------------------------------------------------------------------------
+
+    def walk(self, x: torch.Tensor) -> Tokens:
+        """All blocks: patches with their positions [B, 1 + n, C] -> what comes out of the last."""
+        tokens = self.begin(x)
+        for i in range(len(self.blocks)):
+            tokens = self.before_block(i, tokens)
+            tokens, projected = self.attention(i, tokens)
+            tokens = self.between(i, tokens, projected)
+            tokens = self.feed_forward(i, tokens)
+            tokens = self.after_block(i, tokens)
+        return tokens
+
+    def begin(self, x: torch.Tensor) -> Tokens:
+        return Tokens(x, torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
+
+    def before_block(self, i: int, tokens: Tokens) -> Tokens:
+        return tokens
+
+    def attention(self, i: int, tokens: Tokens) -> tuple[Tokens, Projected]:
+        """The tokens with what attention adds to them, and what it was made of."""
+        block = self.block(i)
+        projected = project(block.attn, block.norm1(tokens.x))
+        added = block.attn.proj(self.attend(i, tokens, projected).transpose(1, 2).flatten(2))  # -> [B, m, heads * d]
+        return replace(tokens, x=tokens.x + self.drop_path(i, added)), projected
+
+    def attend(self, i: int, tokens: Tokens, projected: Projected) -> torch.Tensor:
+        """softmax(q k^T / sqrt d) v: [B, heads, m, d]."""
+        return F.scaled_dot_product_attention(*projected)
+
+    def between(self, i: int, tokens: Tokens, projected: Projected) -> Tokens:
+        """projected: of the tokens as they were before attention."""
+        return tokens
+
+    def feed_forward(self, i: int, tokens: Tokens) -> Tokens:
+        return replace(tokens, x=tokens.x + self.drop_path(i, self.block(i).feed_forward(tokens.x)))
+
+    def after_block(self, i: int, tokens: Tokens) -> Tokens:
+        return tokens
+
+    def finish(self, tokens: Tokens) -> Classified:
+        normalised = self.norm(tokens.x)
+        logits = self.forward_head(normalised)
+        return Classified(logits, normalised, tokens.places, ((1.0, logits),), tokens.losses)
+
+    # --- what steps use ----------------------------------------------------------------------------------------------
+
+    @property
+    def patches(self) -> int:
+        """n, of an image."""
+        return self.grid[0] * self.grid[1]
+
+    def block(self, i: int) -> Block:
+        found: Any = self.blocks[i]
+        return found
+
+    def drop_path(self, i: int, added: torch.Tensor) -> torch.Tensor:
+        """What a sublayer of block i adds, [B, m, C]; in training not for every image."""
+        rate = self.drop_path_rate * i / max(1, len(self.blocks) - 1)
+        return stochastic_depth(added, rate, "row", self.training)
+
+    # --- as every classifier -----------------------------------------------------------------------------------------
+
+    def forward(
+        self, x: torch.Tensor, keep_ratio: float | None = None, routing: Routing | None = None
+    ) -> torch.Tensor:
+        """Images [B, 3, H, W] -> logits [B, classes]; how much is kept is said by `options`, not for a call."""
+        return self.classify(x, keep_ratio=keep_ratio, routing=routing).logits
+
+    def encode(
+        self, x: torch.Tensor, *, keep_ratio: float | None = None, routing: Routing | None = None
+    ) -> tuple[torch.Tensor, Routing]:
+        """Normalised tokens [B, m, C], those that are left, and an empty routing."""
+        return self.classify(x, keep_ratio=keep_ratio, routing=routing).tokens, Routing()
+
+    def classify(
+        self, x: torch.Tensor, *, keep_ratio: float | None = None, routing: Routing | None = None
+    ) -> Classified:
+        if keep_ratio is not None or routing is not None:
+            raise ValueError(
+                f"{type(self).__name__} chooses tokens by its options: give none of keep_ratio and routing with a call"
+            )
+        return self.finish(self.walk(self.stem(x)))
+
+    def layer_tokens(self) -> list[LayerTokens]:
+        """What each layer computes of an image at inference."""
+        return [LayerTokens(1 + self.patches, 1 + self.patches)] * len(self.blocks)
+
+    def macs(self) -> int:
+        """Multiply-adds of an image at inference; agrees with torch's FlopCounterMode / 2."""
+        config = replace(self.config, classes=self.num_classes)
+        return layers_macs(config, self.patches, self.layer_tokens())
+
+
+def project(attn: TokenAttention, x: torch.Tensor) -> Projected:
+    """Queries, keys and values of normalised tokens [B, m, C]."""
+    qkv = attn.qkv(x.to(input_dtype(attn.qkv))).unflatten(-1, (3, attn.num_heads, -1))
+    return Projected(*qkv.permute(2, 0, 3, 1, 4))  # [B, m, 3, heads, d] -> [3, B, heads, m, d]
+
+
+def gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Tokens of every image: x [B, m, C], index [B, k] int64 -> [B, k, C]."""
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """One token of many: x [B, m, C], weights [B, m] -> [B, 1, C]."""
+    return (weights[..., None] * x).sum(dim=1, keepdim=True)
