@@ -13,6 +13,7 @@ COMMANDS = {  # modules of `commands`, each with add_arguments(parser) and run(a
     "models": "names, sizes, costs, and which weights are present",
     "calibrate": "a blsam model from a SAM checkpoint and a few photos, without training",
     "train": "a SAM or a blsam model, on SA-1B, COCO, LVIS or photos of your own",
+    "train-imagenet": "a classifier of the same blocks, on ImageNet, CIFAR-10 or labelled images of your own",
     "evaluate": "masks against annotations: mean IoU and average precision on COCO and LVIS",
 }
 
@@ -24,7 +25,7 @@ def build_parser(command: str | None) -> Parser:
     for name, summary in COMMANDS.items():
         one = commands.add_parser(name, help=summary)
         if name == command:
-            module = import_module(f".commands.{name}", __package__)
+            module = import_module(f".commands.{name.replace('-', '_')}", __package__)
             one.description = module.__doc__
             module.add_arguments(one)
             one.set_defaults(run=module.run)

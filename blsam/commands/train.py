@@ -114,14 +114,19 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
         raise UsageError("give one of --epochs, --steps and --minutes")
     check_numbers(args)
     check_together(args)
+    values = vars(args) | {"model": CONFIGS[args.model], "data": tuple(args.data), "resume": goes_on(args)}
+    return TrainSettings(**{f.name: values[f.name] for f in fields(TrainSettings)})
+
+
+def goes_on(args: argparse.Namespace) -> bool:
+    """Whether a run continues in the folder --output; UsageError if another's would be written over."""
     main = int(os.environ.get("RANK", 0)) == 0
     # what elastic torchrun starts again goes on by itself, in the folder that it began and no other
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     resume = args.resume or (restarted and (not main or begun_by(args.output) == launcher()))
     if main and not resume and args.output.is_dir() and any(args.output.iterdir()):
         raise UsageError(f"{args.output} is not empty; --resume continues the run in it")
-    values = vars(args) | {"model": CONFIGS[args.model], "data": tuple(args.data), "resume": resume}
-    return TrainSettings(**{f.name: values[f.name] for f in fields(TrainSettings)})
+    return resume
 
 
 def check_numbers(args: argparse.Namespace) -> None:

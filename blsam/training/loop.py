@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -32,27 +29,17 @@ from .metrics import Damaged, Rows, fusion_scalars, jaccard, whole
 from .objective import Losses, Objective, TrainedSam, to_batch
 from .optim import Average, optimizer_of, rate
 from .parallel import last_pass_only, prepare
-from .run_folder import RunFolder
+from .run import ENDLESS, AnyRun, Progress, autocast, caught_signals, drawn_ratio, loop, outlive_signals, say
+from .run_folder import RunFolder, State
 from .settings import TrainSettings
 from .teachers import check_grid, finer_by, load_teacher, placed
 
 MOST_VALIDATED = 200  # photos
-ENDLESS = 10**7  # steps, where minutes end the run
 
 
 @dataclass
-class Progress:
-    """Where a run is: what a checkpoint keeps beside tensors."""
-
-    step: int = 0
-    minutes: float = 0.0
-    best: float = -math.inf
-    validated: int = -1  # the step of the last validation
-
-
-@dataclass
-class Run:
-    """Everything that the loop works with."""
+class Run(AnyRun):
+    """Everything that the loop works with, of a SAM."""
 
     settings: TrainSettings
     world: World
@@ -68,6 +55,22 @@ class Run:
     steps: int
     damaged: Damaged
     progress: Progress = field(default_factory=Progress)
+
+    @property
+    def averaged(self) -> State:
+        return self.ema.averaged
+
+    def samples(self) -> Iterator[list[Sample]]:
+        return iter(training_loader(self))
+
+    def one_step(self, samples: Iterator[list[Sample]], done: float, rows: Rows) -> None:
+        one_step(self, samples, done, rows)
+
+    def validate(self) -> None:
+        validate(self)
+
+    def scalars(self) -> dict[str, Any]:
+        return fusion_scalars(self.sam.image_encoder) | {"damaged": self.damaged.check()}
 
 
 def train(settings: TrainSettings) -> str:
@@ -85,49 +88,10 @@ def train(settings: TrainSettings) -> str:
         return str(path)
 
 
-def loop(run: Run, stopped: list[int]) -> None:
-    """Step after step until steps or minutes end it, with a last validation, or a signal does; then a checkpoint."""
-    settings, progress = run.settings, run.progress
-    samples = iter(training_loader(run))
-    rows = Rows(settings.batch_size, settings.device, run.world)
-    total, quiet = run.steps if run.steps < ENDLESS else None, not (run.world.is_main and sys.stderr.isatty())
-    if progress.step == 0 and progress.validated < 0:
-        validate(run)
-    with tqdm(total=total, initial=progress.step, unit="step", disable=quiet) as bar:
-        start = time.monotonic() - 60 * progress.minutes
-        row_start = progress.minutes
-        while True:
-            progress.minutes, stop = run.world.agree((time.monotonic() - start) / 60, bool(stopped))
-            done = progress.minutes / settings.minutes if settings.minutes else progress.step / run.steps
-            if done >= 1 or stop:
-                break
-            one_step(run, samples, done, rows)
-            progress.step += 1
-            bar.update()
-            if progress.step % settings.log_every == 0:
-                minutes = (time.monotonic() - start) / 60
-                row: dict[str, Any] = {"step": progress.step, "minutes": round(minutes, 3)}
-                row["lr"] = run.optimizer.param_groups[0]["lr"]
-                row |= rows.row(60 * (minutes - row_start)) | fusion_scalars(run.sam.image_encoder)
-                run.folder.log(row | {"damaged": run.damaged.check()})
-                bar.set_postfix({name: row[name] for name in ("loss", "iou") if name in row})
-                row_start = minutes
-            if progress.step % settings.validate_every == 0:  # before saving, which keeps what was best
-                paused = time.monotonic()
-                validate(run)
-                row_start += (time.monotonic() - paused) / 60  # not of the steps
-            if progress.step % settings.save_every == 0:
-                save(run)
-    if not stop and progress.validated < progress.step:
-        validate(run)
-    save(run)
-    run.damaged.check()
-
-
 def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows) -> None:
     """Gradients of a step's images, pass by pass, and the update; `done`: share of the run behind it."""
     settings, step = run.settings, run.progress.step
-    keep = settings.keep_ratio[np.random.default_rng([settings.seed, 2, step]).integers(len(settings.keep_ratio))]
+    keep = drawn_ratio(settings, step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate(settings.lr, step, done, run.steps)
     # on a GPU, parts are waited for in the logged steps alone
@@ -173,9 +137,7 @@ def validate(run: Run) -> None:
         if score > run.progress.best:
             run.progress.best = score
             run.folder.export("best.safetensors", run.model, _metadata(run))
-    if run.world.is_main:
-        text = ", ".join(f"{name} {value:.4f}" for name, value in row.items())
-        tqdm.write(f"step {run.progress.step}: {text}", file=sys.stderr)
+    say(run, row)
 
 
 @torch.no_grad()
@@ -215,17 +177,9 @@ def _prime_at_start(run: Run, prime: list[np.ndarray]) -> list[np.ndarray]:
         return [stored[f"arr_{i}"] for i in range(len(stored.files))]
 
 
-def save(run: Run) -> None:
-    run.folder.save(run.progress.step, run.model, run.optimizer, run.ema.averaged, asdict(run.progress))
-
-
 def _metadata(run: Run) -> dict[str, str]:
     settings = run.settings
     return {"model": settings.model.name, "image_size": str(settings.image_size), "step": str(run.progress.step)}
-
-
-def autocast(settings: TrainSettings) -> torch.autocast:
-    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.precision == "bf16")
 
 
 # --- setting up ------------------------------------------------------------------------------------------------------
@@ -274,7 +228,7 @@ def set_up(settings: TrainSettings, world: World) -> Run:
         settings, world, sam, teacher, model, optimizer, ema, folder, training, validation, views, steps, damaged
     )
     if settings.resume:
-        folder.check_same(settings, ids, streamed)
+        folder.check_same(settings, ids, max(1, settings.workers) if streamed else None)
         if facts := folder.restore(model, optimizer, ema.averaged):
             run.progress = Progress(**facts)
             ema.seen = run.progress.step
@@ -326,7 +280,7 @@ def training_loader(run: Run) -> DataLoader:
     """The samples of each pass of this process, from where the run is."""
     settings, rank, size = run.settings, run.world.rank, run.world.size
     first, passes = run.progress.step, settings.accumulate
-    common: dict[str, Any] = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": _outlive_signals}
+    common: dict[str, Any] = {"num_workers": settings.workers, "collate_fn": list, "worker_init_fn": outlive_signals}
     tars = [photo for photo in run.training if isinstance(photo, TarPhoto)]  # all, or none
     if tars:
         each = settings.batch_size // (passes * size)
@@ -344,28 +298,3 @@ def _check_cache(cache: EmbeddingCache, settings: TrainSettings, photos: list[Tr
     missing = cache.missing([photo.id for photo in photos])
     if missing:
         raise ValueError(f"{cache.folder} lacks {len(missing)} of {len(photos)} photos, the first {missing[0]}")
-
-
-@contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM, as they come, instead of an end in the middle of a step; a second one ends it all the same."""
-    caught: list[int] = []
-    before: dict[int, Any] = {}
-
-    def catch(number: int, _: Any) -> None:
-        caught.append(number)
-        signal.signal(number, before[number])
-
-    for one in (signal.SIGINT, signal.SIGTERM):
-        before[one] = signal.signal(one, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _outlive_signals(worker: int) -> None:
-    """A terminal sends Ctrl-C to the workers too; the main process still wants the views they are making."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)

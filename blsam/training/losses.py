@@ -81,6 +81,22 @@ def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor
     return (cosine_distance(student, teacher) * real).sum((1, 2)) / real.sum((1, 2))
 
 
+def token_cosine_loss(
+    student: torch.Tensor, teacher: torch.Tensor, places: torch.Tensor | None = None
+) -> torch.Tensor:
+    """L_fd of classifiers: 1 - cosine of normalised tokens, the class token among them, a mean over each image's: [B].
+
+    student [B, m, C], teacher [B, 1 + n, C]. places [B, m] int64: the place of each of the student's tokens among the
+    teacher's, -1 for one that is made of several and does not count; None: m = 1 + n, in order.
+    """
+    if places is None:
+        return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=2)).mean(1)
+    index = places.clamp(min=0)[..., None].expand(-1, -1, teacher.shape[2])  # [B, m] -> [B, m, C]
+    distance = 1 - F.cosine_similarity(student.float(), teacher.float().gather(1, index), dim=2)
+    real = places >= 0
+    return (distance * real).sum(1) / real.sum(1)
+
+
 def relative_mse_loss(student: torch.Tensor, teacher: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Squared error as a share of the teacher's variance over each image's real tokens; as `cosine_loss` (ours).
 

@@ -28,12 +28,17 @@ def prepare(model: TrainedSam, world: World, device: torch.device, *, strategy: 
     if checkpointing:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     blocks = list(model.sam.image_encoder.blocks)
-    if world.size == 1:
-        return model
-    if strategy == "fsdp":
+    if world.size > 1 and strategy == "fsdp":
         for block in blocks:
             fully_shard(block)
         fully_shard(model)  # in place
+        return model
+    return distributed(model, world, device)
+
+
+def distributed(model: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """A model on its device, with DDP around it where there are several processes."""
+    if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 

@@ -26,15 +26,15 @@ from .. import checkpoint as ckpt
 from ..distributed import World
 from ..files import provenance, write_json, write_text
 from ..options import one_line
-from .settings import TrainSettings, launcher
+from .settings import RunSettings, launcher
 
 State = dict[str, Any]
 
 
 class RunFolder:
-    """`config.json`, `photos.txt` and `validation.txt` (ids), `metrics.jsonl`, `tensorboard/` if it is installed,
-    `checkpoints/step-N` (everything needed to go on), `best.safetensors` and `model.safetensors` (the moving average,
-    half precision, for `sam_model_registry`).
+    """`config.json`, lists of what the run is on (`photos.txt` and `validation.txt`: ids), `metrics.jsonl`,
+    `tensorboard/` if it is installed, `checkpoints/step-N` (everything needed to go on), `best.safetensors` and
+    `model.safetensors` (the moving average, half precision, for `sam_model_registry` or `build_classifier`).
 
     Every process has one; only the main one writes what is not a shared checkpoint.
     """
@@ -56,16 +56,16 @@ class RunFolder:
             kept = "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)
             write_text(path, kept)
 
-    def check_same(self, settings: TrainSettings, ids: dict[str, list[str]], streamed: bool) -> None:
+    def check_same(self, settings: RunSettings, ids: dict[str, list[str]], readers: int | None = None) -> None:
         """ValueError unless the run that the folder holds was begun with these settings and these photos; streamed ones
-        with as many readers, too, or it could not go on where it was."""
+        with as many readers (of each process), too, or it could not go on where it was."""
         config = self.path / "config.json"
         if config.is_file():
             stored = json.loads(config.read_text())
             settings.check_same(stored)
             begun = (stored["processes"], max(1, stored["workers"]))
-            now = (self.world.size, max(1, settings.workers))
-            if streamed and begun != now:
+            now = (self.world.size, readers)
+            if readers is not None and begun != now:
                 raise ValueError(
                     f"{self.path} reads tars with {begun[0]} processes x {begun[1]} workers, this command has "
                     f"{now[0]} x {now[1]}"
@@ -150,7 +150,7 @@ class RunFolder:
         return json.loads((folder / "facts.json").read_text())
 
     def export(self, name: str, model: nn.Module, metadata: dict[str, str]) -> Path:
-        """The model's weights as they are now, under SAM's names, in half precision."""
+        """The model's weights as they are now, under SAM's names (a classifier's: its own), in half precision."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state: State = get_model_state_dict(model, options=options)
         path = self.path / name

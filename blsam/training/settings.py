@@ -7,11 +7,11 @@ import os
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ..config import EncoderConfig
+from ..config import EncoderConfig, LayersConfig
 from ..distributed import CPU
 
 # what may change when a run goes on: where things lie, how long it takes, how it is computed and logged
@@ -20,29 +20,18 @@ FREE |= {"device", "strategy", "checkpointing", "compile", "workers", "validate_
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """What `blsam train --help` says of each."""
+class RunSettings:
+    """What every training run has, and its comparison with the run that it goes on with."""
 
-    model: EncoderConfig
+    free: ClassVar[set[str]] = FREE
+    model: LayersConfig
     data: tuple[Path, ...]
     output: Path
-    images: Path | None = None
-    fraction: float = 1.0
-    holdout: float = 0.05
     init: Path | None = None
     teacher: str | None = None
     teacher_checkpoint: Path | None = None
-    teacher_size: int | None = None
-    cache: Path | None = None
-    train: str = "all"
-    stage: str = "all"
-    image_size: int = 1024
     keep_ratio: tuple[float, ...] = (0.25,)
     distill_weight: float = 2.5
-    distill_loss: str = "cosine"
-    mask_loss: str = "sam"
-    clicks: int = 1
-    max_objects: int = 8
     lr: float = 2e-4
     epochs: float | None = None
     steps: int | None = None
@@ -50,9 +39,6 @@ class TrainSettings:
     batch_size: int = 4
     accumulate: int = 1
     precision: str = "fp32"
-    strategy: str = "ddp"
-    checkpointing: bool = False
-    compile: str | None = None
     workers: int = 1
     validate_every: int = 500
     save_every: int = 100
@@ -64,7 +50,7 @@ class TrainSettings:
     def check_same(self, stored: dict[str, Any]) -> None:
         """ValueError names the first setting that a run was begun with otherwise, of those that it depends on."""
         now = self.as_json()
-        for name in sorted(now.keys() - FREE):
+        for name in sorted(now.keys() - self.free):
             if stored.get(name) != now[name]:
                 raise ValueError(
                     f"{self.output} was begun with {name} {stored.get(name)}, this command has {now[name]}"
@@ -73,6 +59,28 @@ class TrainSettings:
     def as_json(self) -> dict[str, Any]:
         """As json holds it; paths and the device as text."""
         return json.loads(json.dumps(asdict(self) | {"model": self.model.identity}, default=str))
+
+
+@dataclass(frozen=True)
+class TrainSettings(RunSettings):
+    """What `blsam train --help` says of each."""
+
+    model: EncoderConfig
+    images: Path | None = None
+    fraction: float = 1.0
+    holdout: float = 0.05
+    teacher_size: int | None = None
+    cache: Path | None = None
+    train: str = "all"
+    stage: str = "all"
+    image_size: int = 1024
+    distill_loss: str = "cosine"
+    mask_loss: str = "sam"
+    clicks: int = 1
+    max_objects: int = 8
+    strategy: str = "ddp"
+    checkpointing: bool = False
+    compile: str | None = None
 
     @property
     def supervised(self) -> bool:

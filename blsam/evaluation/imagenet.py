@@ -1,0 +1,87 @@
+"""Classifiers on labelled images: top-1 and top-5, multiply-adds, images a second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..data.imagenet import checked
+from ..distributed import synchronize
+
+
+@dataclass(frozen=True)
+class Correct:
+    """How many of so many images had their class first, and among the first five."""
+
+    first: int
+    five: int
+    images: int
+
+    @property
+    def top1(self) -> float:
+        """In percent."""
+        return 100 * self.first / self.images
+
+    @property
+    def top5(self) -> float:
+        """In percent."""
+        return 100 * self.five / self.images
+
+    @staticmethod
+    def together(parts: Sequence[Correct]) -> Correct:
+        """Of all processes."""
+        return Correct(*(sum(getattr(one, name) for one in parts) for name in ("first", "five", "images")))
+
+
+@torch.no_grad()
+def count_correct(
+    classify: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Any], device: torch.device
+) -> Correct:
+    """classify: images [B, 3, S, S] -> logits [B, classes]; batches: of `data.imagenet.collate`. ValueError in one line
+    for a damaged image."""
+    first = five = total = 0
+    for batch in batches:
+        images, labels = (part.to(device, non_blocking=True) for part in checked(batch))
+        logits = classify(images)
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [B, 5]
+        first += int(best[:, 0].sum())
+        five += int(best.sum())
+        total += len(labels)
+    return Correct(first, five, total)
+
+
+@torch.no_grad()
+def counted_macs(model: nn.Module, images: torch.Tensor) -> float:
+    """Multiply-adds of an image, by counting what a pass does: linear layers, convolutions and attention products.
+
+    images [n, 3, S, S] go through one by one, the mean is returned: exact for every model, also where an image decides
+    how much is done.
+    """
+    total = 0
+    for image in images:
+        # fused attention is not counted on a CPU
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(image[None])
+        total += counter.get_total_flops()
+    return total / 2 / len(images)
+
+
+@torch.no_grad()
+def images_a_second(model: nn.Module, images: torch.Tensor, seconds: float = 2.0) -> float:
+    """Of passes of this batch, the median of as many as fit into so many seconds, at least three, after one more."""
+    model(images)
+    taken: list[float] = []
+    while len(taken) < 3 or sum(taken) < seconds:
+        synchronize(images.device)
+        start = time.perf_counter()
+        model(images)
+        synchronize(images.device)
+        taken.append(time.perf_counter() - start)
+    return len(images) / sorted(taken)[len(taken) // 2]
