@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data.imagenet import checked
-from ..distributed import synchronize
+from ..data.imagenet import EvaluationImages, LabelledImages, checked, collate
+from ..distributed import World, synchronize
+from .classifiers import Measured
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,23 @@ def count_correct(
         five += int(best.sum())
         total += len(labels)
     return Correct(first, five, total)
+
+
+def accuracy(
+    measured: Measured, images: LabelledImages, batch: int, workers: int, device: torch.device, world: World
+) -> Correct:
+    """Of a model on all images, which the processes share; ValueError in one line for a damaged image."""
+    mine = EvaluationImages(images, measured.transform, world.rank, world.size)
+    loader = DataLoader(mine, batch_size=batch, num_workers=workers, collate_fn=collate)
+    return Correct.together(world.gather(count_correct(measured.model, loader, device)))
+
+
+def some_images(measured: Measured, images: LabelledImages | None, count: int) -> torch.Tensor:
+    """Images [n, 3, S, S] as a model sees them, spread over all there are; noise where there are none."""
+    if images is None:
+        return torch.randn(count, 3, measured.size, measured.size, generator=torch.Generator().manual_seed(0))
+    places = sorted({i * len(images) // count for i in range(count)})
+    return torch.stack([measured.transform(images.read(i)) for i in places])
 
 
 @torch.no_grad()

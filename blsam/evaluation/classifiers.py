@@ -1,0 +1,120 @@
+"""Classifiers to be measured side by side: ours by name, timm's by `timm:NAME`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..build_classifier import build_classifier
+from ..checkpoint import checked_path
+from ..checkpoint_files import CheckpointError, read_content
+from ..checkpoint_layouts import WRAPPED, tensor_dicts
+from ..config import CLASSIFIERS
+from ..data.imagenet import CROP, EvaluationTransform, crop_ratio_of, require_timm
+from ..options import UsageError, one_line
+
+TIMM = "timm:"
+
+
+@dataclass
+class Measured:
+    """A classifier in eval mode, images [B, 3, S, S] -> logits [B, classes], and how photos are prepared for it.
+
+    names: of its classes, where its file has them; preparation: in words.
+    """
+
+    name: str
+    model: nn.Module
+    size: int
+    classes: int
+    crop_ratio: float
+    transform: Callable[[Any], torch.Tensor]
+    preparation: str
+    names: tuple[str, ...] | None = None
+
+
+def load_classifier(
+    name: str,
+    checkpoint: Path | None,
+    *,
+    image_size: int | None = None,
+    crop_ratio: float | None = None,
+    keep_ratio: float = 0.25,
+    dtype: str = "float32",
+    device: torch.device,
+) -> Measured:
+    """A row of `CLASSIFIERS`, or `timm:NAME`; random weights (seed 0) without a checkpoint.
+
+    One crop holds for all, 0.875 unless said otherwise; mean, standard deviation and interpolation are the model's own.
+    UsageError, FileNotFoundError, CheckpointError or ImportError in one line.
+    """
+    torch.manual_seed(0)
+    if name.startswith(TIMM):
+        if dtype != "float32":
+            raise UsageError("timm's models are measured in float32; leave --dtype out")
+        return _timms(name, checkpoint, image_size, crop_ratio, device)
+    if name not in CLASSIFIERS:
+        raise UsageError(f"no classifier {name!r}; there are {', '.join(CLASSIFIERS)}, and timm's as timm:NAME")
+    model = build_classifier(
+        CLASSIFIERS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device
+    )
+    size = model.img_size[0]
+    crop = crop_ratio_of(size, crop_ratio)
+    stored = read_content(checkpoint)[1].get("classes") if checkpoint is not None else None
+    names = tuple(json.loads(stored)) if stored else None
+    transform = EvaluationTransform(size, crop)
+    return Measured(name, model, size, model.num_classes, crop, transform, _words(size, crop, "bicubic"), names)
+
+
+def _words(size: int, crop: float, interpolation: str) -> str:
+    return f"{interpolation} to {int(size / crop)}, centre {size} (crop ratio {crop:g})"
+
+
+def _timms(name: str, checkpoint: Path | None, size: int | None, crop: float | None, device: torch.device) -> Measured:
+    require_timm()
+    import timm
+    from timm.data import create_transform, resolve_data_config
+
+    wanted = name.removeprefix(TIMM)
+    if not timm.is_model(wanted):
+        near = timm.list_models(f"*{wanted.split('_')[0]}*")[:3]
+        hint = f", such as {', '.join(near)}" if near else ""
+        raise UsageError(f"timm {timm.__version__} has no model {wanted!r}; timm.list_models() names all{hint}")
+    try:
+        options: dict[str, Any] = {} if size is None else {"img_size": size}
+        model: Any = timm.create_model(wanted, **options)
+    except (TypeError, AssertionError) as error:
+        raise UsageError(f"{name} cannot be made with --image-size {size} ({one_line(error)})") from None
+    if checkpoint is not None:
+        _load(model, checked_path(checkpoint), name)
+    config: dict[str, Any] = resolve_data_config(model=model)
+    side = size or config["input_size"][1]
+    ratio = CROP if crop is None else crop
+    config |= {"input_size": (3, side, side), "crop_pct": ratio, "crop_mode": "center"}
+    return Measured(
+        name,
+        model.eval().to(device),
+        side,
+        model.num_classes,
+        ratio,
+        create_transform(**config),
+        _words(side, ratio, config["interpolation"]),
+    )
+
+
+def _load(model: nn.Module, path: Path, name: str) -> None:
+    """The weights of a file that has most of the model's names in it; strictly."""
+    own = model.state_dict()
+    found = [{WRAPPED.sub("", k): v for k, v in one.items()} for _, one in tensor_dicts(read_content(path)[0])]
+    state = max(found, key=lambda one: len(one.keys() & own.keys()), default={})
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit {name}: {detail}") from None
