@@ -29,7 +29,9 @@ import math
 import os
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
+from ..baselines import BASELINES
 from ..checkpoint import checked_path
 from ..config import CLASSIFIERS
 from ..data.imagenet import AUGMENT, require_timm
@@ -52,8 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", choices=PLAIN, help="a plain ViT of the student's width, whose tokens it learns")
     add("--teacher-checkpoint", type=Path, metavar="FILE")
     add("--image-size", type=int, metavar="S", help="side of the input in pixels; default: the model's")
-    more = {"type": parse_ratios, "metavar": "R[,R...]"}
-    add_option(group, "--keep-ratio", **more, help="each step draws one of them; validation takes the first")
+    add("--baseline", choices=sorted(BASELINES), help="a method that drops or parks tokens of a plain --model")
+    more: dict = {"type": parse_ratios, "metavar": "R[,R...]", "default": None}
+    words = "each step draws one of them; validation takes the first; default 0.25, of a --baseline its paper's"
+    add_option(group, "--keep-ratio", **more, help=words)
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="folders or tars, see above")
@@ -93,7 +97,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--precision", choices=("fp32", "bf16"))
     group.add_argument("--output", type=Path, required=True, metavar="DIR", help="run folder")
     group.add_argument("--resume", action="store_true", help="go on in it; torchrun's restarts do so by themselves")
-    given = {f.name: f.default for f in fields(ClassifierSettings) if f.default is not MISSING and f.name != "device"}
+    left = ("device", "keep_ratio")
+    given = {f.name: f.default for f in fields(ClassifierSettings) if f.default is not MISSING and f.name not in left}
     parser.set_defaults(**given)
 
 
@@ -116,6 +121,15 @@ def settings_of(args: argparse.Namespace) -> ClassifierSettings:
         raise UsageError("give one of --epochs and --steps")
     if (args.teacher is None) != (args.teacher_checkpoint is None):
         raise UsageError("--teacher and --teacher-checkpoint go together")
+    if args.baseline and CLASSIFIERS[args.model].routed:
+        raise UsageError(
+            f"--baseline {args.baseline} runs on a plain model, such as {CLASSIFIERS[args.model].dense.name}"
+        )
+    if args.keep_ratio is None:
+        options: Any = BASELINES[args.baseline].Options() if args.baseline else None
+        args.keep_ratio = (options.keep_ratio if options else 0.25,)
+    elif args.baseline and (len(args.keep_ratio) > 1 or args.keep_ratio[0] > 1):
+        raise UsageError(f"--baseline {args.baseline} takes one --keep-ratio, at most 1")
     check_numbers(args)
     values = vars(args) | {"model": CLASSIFIERS[args.model], "resume": goes_on(args)}
     values |= {"data": tuple(args.data), "val_data": tuple(args.val_data or ())}

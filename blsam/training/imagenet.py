@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
 
+from ..baselines import build_baseline
 from ..build_classifier import build_classifier
 from ..config import CLASSIFIERS
 from ..data.imagenet import (
@@ -65,9 +67,10 @@ class TrainedClassifier(nn.Module):
         self.criterion = SoftTargetCrossEntropy()
 
     def forward(
-        self, images: torch.Tensor, target: torch.Tensor, keep_ratio: float, taught: torch.Tensor | None = None
+        self, images: torch.Tensor, target: torch.Tensor, keep_ratio: float | None, taught: torch.Tensor | None = None
     ) -> Losses:
-        """images [B, 3, S, S]; target [B, classes], shares; taught [B, 1 + n, C], the teacher's normalised tokens."""
+        """images [B, 3, S, S]; target [B, classes], shares; keep_ratio None: the model's own; taught [B, 1 + n, C], the
+        teacher's normalised tokens."""
         found = self.model.classify(images, keep_ratio=keep_ratio)
         terms = {"class": sum(w * self.criterion(logits.float(), target) for w, logits in found.heads)}
         if taught is not None:
@@ -134,7 +137,11 @@ class ClassifierRun(AnyRun):
     def export(self, name: str) -> str:
         """The averaged weights, with what is needed to use them."""
         settings = self.settings
-        metadata = {"model": settings.model.name, "image_size": str(settings.side), "step": str(self.progress.step)}
+        metadata = {
+            "model": settings.baseline or settings.model.name,
+            "image_size": str(settings.side),
+            "step": str(self.progress.step),
+        }
         metadata |= {"classes": json.dumps(self.training.classes), "crop_ratio": str(settings.crop)}
         return str(self.folder.export(name, self.ema.module, metadata))
 
@@ -159,7 +166,7 @@ def train(settings: ClassifierSettings) -> str:
 def one_step(run: ClassifierRun, samples: Iterator[Any], rows: Rows) -> None:
     """Gradients of a step's images, pass by pass, and the update."""
     settings, step, device = run.settings, run.progress.step, run.settings.device
-    keep = drawn_ratio(settings, step)
+    keep = None if settings.baseline else drawn_ratio(settings, step)
     run.schedule.step_update(step)
     run.classifier.begin_epoch(*run.epochs)
     run.model.train()
@@ -207,7 +214,7 @@ def measure(run: ClassifierRun) -> Correct:
     model.begin_epoch(*run.epochs)
     with autocast(settings):
         mine = count_correct(
-            lambda images: model.classify(images, keep_ratio=settings.keep_ratio[0]).logits,
+            model,
             _loader(data, settings.workers, batch_size=VALIDATED),
             settings.device,
         )
@@ -286,7 +293,8 @@ def build_models(settings: ClassifierSettings, classes: int) -> tuple[BLVisionTr
         if start is None and config.depth == settings.model.depth:
             start = settings.teacher_checkpoint
     torch.manual_seed(settings.seed)  # fresh weights
-    student = build_classifier(
+    make = partial(build_baseline, settings.baseline) if settings.baseline else build_classifier
+    student = make(
         settings.model,
         start,
         image_size=settings.side,

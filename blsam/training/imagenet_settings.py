@@ -13,10 +13,12 @@ from .settings import FREE, RunSettings
 
 @dataclass(frozen=True)
 class ClassifierSettings(RunSettings):
-    """What `blsam train-imagenet --help` says of each; rates are of 512 images a step."""
+    """What `blsam train-imagenet --help` says of each; rates are of 512 images a step. baseline: a name of
+    `baselines.BASELINES` that runs on the plain `model`, with the first of `keep_ratio`."""
 
     free: ClassVar[set[str]] = FREE | {"val_data", "warmup_epochs"}
     model: ClassifierConfig
+    baseline: str | None = None
     val_data: tuple[Path, ...] = ()
     image_size: int | None = None
     crop_ratio: float | None = None
@@ -37,6 +39,10 @@ class ClassifierSettings(RunSettings):
     validate_every: int = 0
     save_every: int = 1000
     log_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.baseline and len(self.keep_ratio) > 1:
+            raise ValueError(f"{self.baseline} keeps one share of the tokens all along; keep_ratio has several")
 
     @property
     def side(self) -> int:
