@@ -18,6 +18,15 @@ torch.set_num_threads(2)  # other work shares the machine
 
 
 @pytest.fixture
+def one_thread():
+    """Sums are in one order, and threads of tiny products do not wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def dataset(tmp_path):
     """Makes a file with annotations on two photos of 4 x 4 pixels."""
 

@@ -15,8 +15,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..baselines import BASELINES
+from ..baselines.base import Baseline
 from ..config import CLASSIFIERS
 from ..files import provenance, sha256, write_json
+from ..modeling.classifier import BLVisionTransformer
 from ..options import UsageError, add_option, check_output, dtype_name, parse_ratio
 
 SPEED_BATCHES = (1, 64)
@@ -30,7 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, metavar="FILE")
     add("--random-weights", action="store_true", help="measure --data without a checkpoint")
     add("--image-size", type=int, metavar="S", help="side of the input in pixels; default: the model's")
-    add_option(group, "--keep-ratio")
+    add("--baseline", choices=sorted(BASELINES), help="a method that drops or parks tokens of a plain --model")
+    add_option(group, "--keep-ratio", default=None, help="share of tokens; default 0.25, of a --baseline its paper's")
     add_option(group, "--dtype", default="float32")
     add_option(group, "--device")
     add = parser.add_argument_group("measurement").add_argument
@@ -75,16 +79,17 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
         image_size=args.image_size,
         crop_ratio=args.crop_ratio,
         keep_ratio=args.keep_ratio,
+        baseline=args.baseline,
         dtype=dtype_name(args),
         device=args.device,
     )
     model, images = measured.model, None
     figures: dict[str, Any] = {
-        "model": args.model,
+        "model": measured.name,
         "checkpoint": str(args.checkpoint) if args.checkpoint else None,
         "checkpoint_sha256": sha256(args.checkpoint) if args.checkpoint else None,
         "image_size": measured.size,
-        "keep_ratio": args.keep_ratio if args.model in CLASSIFIERS and CLASSIFIERS[args.model].routed else None,
+        "keep_ratio": kept(model),
         "dtype": dtype_name(args),
         "device": str(args.device),
     }
@@ -92,7 +97,7 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
         images = open_images(args.data, "val", marked=False, classes=measured.names)
         if len(images.classes) != measured.classes:
             raise UsageError(
-                f"the images are of {len(images.classes)} classes, {args.model} answers {measured.classes}; they must "
+                f"the images are of {len(images.classes)} classes, {measured.name} answers {measured.classes}; they must "
                 "be the same, in the order of their names"
             )
         found = accuracy(measured, images, args.batch_size, args.workers, args.device, world)
@@ -106,6 +111,13 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
         speeds = {str(n): round(images_a_second(model, batch, args.seconds), 3) for n, batch in batches.items()}
         figures |= {"images_per_second": speeds, "threads": torch.get_num_threads()}
     return figures
+
+
+def kept(model: Any) -> float | None:
+    """The share of tokens that a model keeps; None of one that keeps all."""
+    if isinstance(model, Baseline):
+        return model.options.keep_ratio
+    return model.keep_ratio if isinstance(model, BLVisionTransformer) and model.config.routed else None
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..baselines import build_baseline
 from ..build_classifier import build_classifier
 from ..checkpoint import checked_path
 from ..checkpoint_files import CheckpointError, read_content
 from ..checkpoint_layouts import WRAPPED, tensor_dicts
 from ..config import CLASSIFIERS
 from ..data.imagenet import CROP, EvaluationTransform, crop_ratio_of, require_timm
+from ..modeling.classifier import BLVisionTransformer
 from ..options import UsageError, one_line
 
 TIMM = "timm:"
@@ -45,25 +47,34 @@ def load_classifier(
     *,
     image_size: int | None = None,
     crop_ratio: float | None = None,
-    keep_ratio: float = 0.25,
+    keep_ratio: float | None = None,
+    baseline: str | None = None,
     dtype: str = "float32",
     device: torch.device,
 ) -> Measured:
-    """A row of `CLASSIFIERS`, or `timm:NAME`; random weights (seed 0) without a checkpoint.
+    """A row of `CLASSIFIERS`, as it is or with a method of `blsam.baselines` on it, or `timm:NAME`; random weights (seed
+    0) without a checkpoint.
 
-    One crop holds for all, 0.875 unless said otherwise; mean, standard deviation and interpolation are the model's own.
+    keep_ratio: of a routed model or a baseline; None: 0.25, a baseline's own. One crop holds for all, 0.875 unless said
+    otherwise; mean, standard deviation and interpolation are the model's own.
     UsageError, FileNotFoundError, CheckpointError or ImportError in one line.
     """
     torch.manual_seed(0)
     if name.startswith(TIMM):
+        if baseline is not None:
+            raise UsageError("--baseline is for our own plain models")
         if dtype != "float32":
             raise UsageError("timm's models are measured in float32; leave --dtype out")
         return _timms(name, checkpoint, image_size, crop_ratio, device)
     if name not in CLASSIFIERS:
         raise UsageError(f"no classifier {name!r}; there are {', '.join(CLASSIFIERS)}, and timm's as timm:NAME")
-    model = build_classifier(
-        CLASSIFIERS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device
-    )
+    how: dict[str, Any] = {"image_size": image_size, "dtype": dtype, "device": device}
+    how |= {} if keep_ratio is None else {"keep_ratio": keep_ratio}
+    if baseline is None:
+        model: BLVisionTransformer = build_classifier(CLASSIFIERS[name], checkpoint, **how)
+    else:
+        model = build_baseline(baseline, CLASSIFIERS[name], checkpoint, **how)
+        name = f"{baseline} on {name}"
     size = model.img_size[0]
     crop = crop_ratio_of(size, crop_ratio)
     stored = read_content(checkpoint)[1].get("classes") if checkpoint is not None else None
@@ -87,9 +98,8 @@ def _timms(name: str, checkpoint: Path | None, size: int | None, crop: float | N
         hint = f", such as {', '.join(near)}" if near else ""
         raise UsageError(f"timm {timm.__version__} has no model {wanted!r}; timm.list_models() names all{hint}")
     try:
-        options: dict[str, Any] = {} if size is None else {"img_size": size}
-        model: Any = timm.create_model(wanted, **options)
-    except (TypeError, AssertionError) as error:
+        model: Any = _sized(timm.create_model, wanted, size)
+    except (AssertionError, ValueError) as error:
         raise UsageError(f"{name} cannot be made with --image-size {size} ({one_line(error)})") from None
     if checkpoint is not None:
         _load(model, checked_path(checkpoint), name)
@@ -106,6 +116,16 @@ def _timms(name: str, checkpoint: Path | None, size: int | None, crop: float | N
         create_transform(**config),
         _words(side, ratio, config["interpolation"]),
     )
+
+
+def _sized(create: Callable[..., Any], name: str, size: int | None) -> Any:
+    """A model for images of that size; convolutions take any, and know no such option."""
+    try:
+        return create(name, **({} if size is None else {"img_size": size}))
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create(name)
 
 
 def _load(model: nn.Module, path: Path, name: str) -> None:

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
+from blsam.baselines import build_baseline
 from blsam.build_classifier import build_classifier, read_classifier
 from blsam.checkpoint import save
 from blsam.config import ClassifierConfig
@@ -27,6 +28,8 @@ from tests.helpers import randomize
 from tests.labelled import write_folder
 from tests.training.helpers import column, rows
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAIN = ClassifierConfig(name="plain", dim=32, depth=4, heads=2, patch=4, image_size=16, classes=2)
 ROUTED = replace(PLAIN, name="routed", e_dim=8, e_heads=2, e_layers=(1, 2, 3), predictor_layers=(0, 2))
 
@@ -37,13 +40,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Sums are in one order, and threads of tiny products do not wait for each other."""
+def known(monkeypatch):
     monkeypatch.setitem(imagenet.CLASSIFIERS, "plain", PLAIN)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -231,6 +229,20 @@ def test_the_average_does_not_ship_its_start(settings):
     now = run.classifier.state_dict()
     gaps = [sum((state[key] - now[key]).norm() ** 2 for key in now) ** 0.5 for state in (run.averaged, start)]
     assert gaps[0] < 0.3 * gaps[1]
+
+
+@pytest.mark.parametrize("name", ["evit", "evo_vit"])
+def test_baselines_are_trained_alike(settings, teacher, name, monkeypatch):
+    deep = replace(PLAIN, depth=10)  # EViT drops before blocks 3, 6 and 9
+    torch.manual_seed(5)
+    save(teacher, randomize(build_classifier(deep), 0.05).state_dict(), {})
+    monkeypatch.setitem(imagenet.CLASSIFIERS, "plain", deep)
+    plain = replace(settings, model=deep, baseline=name, keep_ratio=(0.5,), steps=2)
+    path = train(replace(plain, teacher="plain", teacher_checkpoint=teacher))
+    assert (column(settings.output, "fd") > 0).tolist() == [True, True]
+    model = build_baseline(name, deep, path, keep_ratio=0.5)
+    found = model.classify(torch.randn(2, 3, 16, 16))
+    assert found.logits.shape == (2, 2) and found.tokens.shape[1] == (17 if name == "evo_vit" else 5)
 
 
 # --- what cannot be trained ------------------------------------------------------------------------------------------
