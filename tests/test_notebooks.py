@@ -15,6 +15,7 @@ PICTURES = {
     "automatic_mask_generator_example": 1,
     "routing_example": 3,
     "swap_in": 0,
+    "classifier_example": 1,
 }  # at least
 SECONDS = 60  # of one notebook
 
