@@ -23,7 +23,7 @@ lint: install
 	$(PYTHON) -m mypy
 
 test: install
-	$(PYTHON) -m pytest -q -m "not slow and not e2e and not clients"
+	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not clients"
 
 test-e2e: install
 	$(PYTHON) -m pytest -q -m e2e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 
 from .checkpoint import checked_path
 from .checkpoint_files import CheckpointError, read_content
-from .checkpoint_layouts import WRAPPED, State, describe, tensor_dicts
+from .checkpoint_layouts import WRAPPED, State, tensor_dicts
 from .config import ClassifierConfig
 from .modeling.classifier import BLVisionTransformer
 from .precision import resolve_dtype
@@ -38,8 +39,8 @@ def build_classifier(
         config: a row of `CLASSIFIERS`, or one of your own.
         checkpoint: a file of torch's or safetensors, ours or a plain ViT's of the same width and depth; None: random
             weights.
-        image_size: side of the input in pixels; None: the preset's. Positions are resampled where the checkpoint has
-            others.
+        image_size: side of the input in pixels; None: that of the checkpoint, the preset's without. Positions are
+            resampled where the checkpoint has others.
         num_classes: None: as many as the checkpoint has, the preset's without. Others than the checkpoint's: a fresh
             head.
         keep_ratio: share of the patches that run through the wide blocks (plain models have no use for it).
@@ -67,13 +68,15 @@ def with_weights(
     state = None
     if checkpoint is not None:
         state = read_classifier(checkpoint)
+        image_size = _side_of(state) if image_size is None else image_size
         classes = len(state["head.bias"]) if "head.bias" in state else None
-        num_classes = classes if num_classes is None else num_classes
-        if num_classes != classes:
+        fresh = num_classes is not None and num_classes != classes
+        num_classes = num_classes if fresh else classes
+        if fresh:
             state = {key: value for key, value in state.items() if not HEADS.match(key)}
     model = make(img_size=image_size, num_classes=num_classes)
     if state is not None:
-        _load(model, state, str(checkpoint))
+        _load(model, state, str(checkpoint), fresh)
     model.use_dtype(compute)
     return model.eval().to(device)
 
@@ -100,17 +103,22 @@ def read_classifier(path: str | Path) -> State:
     return next(iter(found.values()))
 
 
-def _load(model: BLVisionTransformer, state: State, source: str) -> None:
-    """Strictly, but for what the model has besides a plain ViT and for heads of other classes; CheckpointError says in
-    one line what does not fit, and nothing is copied then."""
+def _side_of(state: State) -> int | None:
+    """The image size in pixels that a checkpoint was made for; None where its patches are of no square."""
+    patches, patch = state.get("pos_embed", torch.zeros(0, 1)).shape[1] - 1, state[MARK].shape[-1]
+    side = math.isqrt(max(0, patches))
+    return side * patch if side and side * side == patches else None
+
+
+def _load(model: BLVisionTransformer, state: State, source: str, fresh: bool) -> None:
+    """Strictly, but for what the model has besides a plain ViT and for heads that are to be fresh; CheckpointError says
+    in one line what does not fit."""
     config, own = model.config, model.state_dict()
     if (patch := state[MARK]).dim() != 4 or patch.shape[0] != config.dim or patch.shape[2] != config.patch:
-        raise CheckpointError(
-            f"{source} has patches of {list(patch.shape)}, {config.name} of {list(own[MARK].shape)}; {describe(state)}"
-        )
+        raise CheckpointError(f"{source} has patches of {list(patch.shape)}, {config.name} of {list(own[MARK].shape)}")
     state = dict(state)
     model.complete(state)
-    lost = [key for key in own if key not in state and not HEADS.match(key)]
+    lost = [key for key in own if key not in state and not (fresh and HEADS.match(key))]
     foreign = [key for key in state if key not in own]
     if lost or foreign:
         what = f"lacks {lost[0]}" if lost else f"has {foreign[0]}, which {config.name} does not know"

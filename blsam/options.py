@@ -98,6 +98,14 @@ def parse_ratio(text: str) -> float:
     return ratio
 
 
+def parse_crop(text: str) -> float:
+    """The share of an image's short side that is seen: above 0, at most 1."""
+    try:
+        return parse_ratio(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"crop ratios lie in (0, 1], got {text!r}") from None
+
+
 def parse_ratios(text: str) -> tuple[float, ...]:
     """R[,R...]."""
     return tuple(parse_ratio(part) for part in text.split(","))

@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from blsam.baselines import BASELINES, build_baseline
+from blsam.baselines import BASELINES
 from blsam.config import CLASSIFIERS
-from blsam.data.imagenet import EvaluationTransform, open_images
 from blsam.distributed import World
-from blsam.evaluation.classifiers import Measured, load_classifier
+from blsam.evaluation.classifiers import Measured, labelled, load_classifier
 from blsam.evaluation.imagenet import accuracy, counted_macs, images_a_second
 from blsam.files import provenance, write_json
 from blsam.options import Parser, UsageError, add_option, check_output, exit_status
@@ -100,15 +99,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def load(name: str, checkpoint: str | None, args: argparse.Namespace) -> Measured:
     """A model of the table, with random weights if no others are given."""
-    path, options = None if checkpoint is None else Path(checkpoint), {"device": args.device}
+    path = None if checkpoint is None else Path(checkpoint)
     method, _, size = name.rpartition("_")
+    if name.startswith("timm:"):
+        return load_classifier(name, path, device=args.device)
+    how: dict[str, Any] = {"dtype": args.dtype, "device": args.device}
     if method in BASELINES:
-        config = CLASSIFIERS[f"vit_{size}_patch16_224"]
-        model = build_baseline(method, config, path, dtype=args.dtype, **options)
-        side = config.image_size
-        return Measured(name, model, side, model.num_classes, 0.875, EvaluationTransform(side), "crop ratio 0.875")
-    dtype = "float32" if name.startswith("timm:") else args.dtype
-    return load_classifier(name, path, keep_ratio=args.keep_ratio, dtype=dtype, **options)
+        return load_classifier(f"vit_{size}_patch16_224", path, baseline=method, **how)
+    return load_classifier(name, path, keep_ratio=args.keep_ratio if CLASSIFIERS[name].routed else None, **how)
 
 
 def facts(name: str, one: Measured) -> dict[str, Any]:
@@ -125,8 +123,7 @@ def facts(name: str, one: Measured) -> dict[str, Any]:
 
 def top1(one: Measured, args: argparse.Namespace) -> float:
     """In percent, on the validation images."""
-    images = open_images(tuple(args.data), "val", classes=one.names)
-    return accuracy(one, images, 64, 2, args.device, World()).top1
+    return accuracy(one, labelled(one, args.data), 64, 2, args.device, World()).top1
 
 
 def time_in_turn(models: dict[str, Measured], rows: dict[str, Any], args: argparse.Namespace) -> None:

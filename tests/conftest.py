@@ -1,6 +1,7 @@
 """Fixtures that several folders use."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from blsam.options import shipped_checkpoint
 from tests.helpers import DATA
 from tests.photos import coco_photos, write_coco, write_photos
 
-torch.set_num_threads(2)  # other work shares the machine
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the machine
 
 
 @pytest.fixture

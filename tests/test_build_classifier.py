@@ -66,6 +66,7 @@ def test_classes_are_the_checkpoints_or_a_fresh_head(tmp_path):
 
 
 def test_another_image_size(tmp_path):
+    assert build_classifier(SMALL, written(tmp_path / "large.pth", weights(img_size=40))).img_size == (40, 40)
     path = written(tmp_path / "vit.pth", weights())
     assert build_classifier(SMALL, path, image_size=32)(torch.randn(1, 3, 32, 32)).shape == (1, 5)
 
@@ -75,6 +76,7 @@ def test_another_image_size(tmp_path):
     [
         (lambda s: s | {"dist_token": torch.zeros(1)}, "has dist_token, which small does not know"),
         (lambda s: {k: v for k, v in s.items() if k != "norm.bias"}, "lacks norm.bias"),
+        (lambda s: {k: v for k, v in s.items() if "head" not in k}, "lacks head.weight"),  # a random one says nothing
         (lambda s: s | {"blocks.1.fusion.alpha": torch.zeros(2)}, "lacks blocks.1.e_block.norm1.weight .and 43 more"),
         (lambda s: weights(replace(PLAIN, dim=16)), r"has patches of \[16, 3, 4, 4\], small of \[32, 3, 4, 4\]"),
         (lambda s: weights(replace(PLAIN, depth=5)), "has blocks.4.norm1.weight, which small"),

@@ -16,7 +16,7 @@ MODULES = {
 }
 FLOOR = {"blsam.options", "blsam.files", "blsam.distributed"}
 LEAVES = {"blsam", "blsam.config", "blsam.precision"}  # of the package itself the version alone
-METRICS = {"blsam.evaluation.prompted"}  # of evaluation, for training
+METRICS = {"blsam.evaluation.prompted", "blsam.evaluation.imagenet"}  # of evaluation, for training
 
 
 def imports(name):

@@ -5,8 +5,9 @@ r"""Measure an image classifier: top-1 and top-5 on labelled images, multiply-ad
     blsam evaluate-imagenet --model timm:deit_base_patch16_224                            # the cost alone
 
 --data is what `blsam train-imagenet` takes: its val (validation, test) images are measured. Labels are the places of
-the classes' names in order, as ImageNet's are; a file of `blsam train-imagenet` knows its own. Multiply-adds are counted
-in passes of single images: linear layers, convolutions, attention products.
+the classes' names in order, as ImageNet's are; a file of `blsam train-imagenet` knows its own. Our models see images
+normalised by ImageNet's mean and deviation, as DeiT's weights want them (timm's augreg weights want others).
+Multiply-adds are counted in passes of single images: linear layers, convolutions, attention products.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..baselines.base import Baseline
 from ..config import CLASSIFIERS
 from ..files import provenance, sha256, write_json
 from ..modeling.classifier import BLVisionTransformer
-from ..options import UsageError, add_option, check_output, dtype_name, parse_ratio
+from ..options import UsageError, add_option, check_output, dtype_name, parse_crop
 
 SPEED_BATCHES = (1, 64)
 COUNTED = 8  # images whose multiply-adds are counted
@@ -39,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--device")
     add = parser.add_argument_group("measurement").add_argument
     add("--data", type=Path, nargs="+", metavar="PATH", help="labelled images; without: the cost alone")
-    add("--crop-ratio", type=parse_ratio, metavar="R", help="share of an image's short side that is seen; default"
-        " 0.875 for every model, 1 for ours of at most 32 pixels")  # fmt: skip
+    add("--crop-ratio", type=parse_crop, metavar="R", help="share of an image's short side that is seen; default:"
+        " what a file of train-imagenet says, otherwise 0.875, for ours of at most 32 pixels 1")  # fmt: skip
     add("--batch-size", type=int, default=64, metavar="N", help="for top-1 and top-5; default 64")
     add("--workers", type=int, default=2, metavar="N", help="that read; default 2")
     add("--seconds", type=float, default=2.0, metavar="S", help="of timing at each batch size; 0: none")
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("give --checkpoint, or --random-weights for figures by chance")
     if args.batch_size < 1 or args.workers < 0 or not 0 <= args.seconds < float("inf"):
         raise UsageError("--batch-size is at least 1, --workers and --seconds are not negative")
+    if args.image_size is not None and args.image_size < 1:
+        raise UsageError(f"--image-size is above 0, got {args.image_size}")
     check_output("--json", args.json, taken=(args.checkpoint, *(args.data or ())), suffixes=(".json",))
     from ..distributed import processes
 
@@ -69,8 +72,7 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
     """The figures of a model; those of --data over all processes, those of speed of this one."""
     import torch
 
-    from ..data.imagenet import open_images
-    from ..evaluation.classifiers import load_classifier
+    from ..evaluation.classifiers import labelled, load_classifier
     from ..evaluation.imagenet import accuracy, counted_macs, images_a_second, some_images
 
     measured = load_classifier(
@@ -94,12 +96,7 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
         "device": str(args.device),
     }
     if args.data:
-        images = open_images(args.data, "val", marked=False, classes=measured.names)
-        if len(images.classes) != measured.classes:
-            raise UsageError(
-                f"the images are of {len(images.classes)} classes, {measured.name} answers {measured.classes}; they must "
-                "be the same, in the order of their names"
-            )
+        images = labelled(measured, args.data)
         found = accuracy(measured, images, args.batch_size, args.workers, args.device, world)
         figures |= {"preparation": measured.preparation, "crop_ratio": measured.crop_ratio}
         figures |= {"top1": round(found.top1, 3), "top5": round(found.top5, 3), "images": found.images}

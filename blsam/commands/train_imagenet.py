@@ -35,7 +35,7 @@ from ..baselines import BASELINES
 from ..checkpoint import checked_path
 from ..config import CLASSIFIERS
 from ..data.imagenet import AUGMENT, require_timm
-from ..options import UsageError, add_option, check_folder, parse_ratio, parse_ratios
+from ..options import UsageError, add_option, check_folder, parse_crop, parse_ratios
 from ..training.imagenet_settings import ClassifierSettings
 from .train import goes_on
 
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="folders or tars, see above")
     add("--val-data", type=Path, nargs="+", metavar="PATH", help="validation images; default: those of --data")
-    add("--crop-ratio", type=parse_ratio, metavar="R", help="share of an image's short side that validation sees;"
+    add("--crop-ratio", type=parse_crop, metavar="R", help="share of an image's short side that validation sees;"
         " default 0.875, for inputs of at most 32 pixels 1")  # fmt: skip
     add("--workers", type=int, help="of each process, that read and augment")
 
@@ -148,6 +148,8 @@ def check_numbers(args: argparse.Namespace) -> None:
             fits, wanted = (value > 0, "above 0") if name in ABOVE_0 else (value >= 0, "0 or more")
         if not (fits and math.isfinite(value)):
             raise UsageError(f"--{name.replace('_', '-')} must be {wanted}, is {value}")
+    if args.seed < 0:
+        raise UsageError(f"--seed is at least 0, is {args.seed}")
     if min(args.batch_size, args.accumulate) < 1:
         raise UsageError("--batch-size and --accumulate must be at least 1")
     processes = int(os.environ.get("WORLD_SIZE", 1))

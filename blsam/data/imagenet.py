@@ -125,23 +125,23 @@ def _found(path: Path, split: str, marked: bool) -> list[Found]:
     if not path.exists():
         raise FileNotFoundError(f"no images at {path}")
     if not path.is_dir():
-        return _in_tar(path, split, marked)
+        other = not _says(path.name, split) and any(_says(path.name, one) for one in SPLITS)
+        return [] if other else _in_tar(path, split, marked)
     inside = sorted(one for one in path.iterdir() if not one.name.startswith("."))
     folders = [one for one in inside if one.is_dir()]
-    named = [one for one in folders if one.name in SPLITS[split]]
-    others = [one for one in folders if one.name in ALL_SPLITS and one not in named]
-    if named:
-        return _found(named[0], split, False)
-    if others:
-        return []
+    splits = [one for one in folders if one.name in ALL_SPLITS and any(deeper.is_dir() for deeper in one.iterdir())]
+    if splits:  # a class of that name holds images, no folders
+        mine = [one for one in splits if one.name in SPLITS[split]]
+        return _in_classes(mine[0]) if mine else []
     tars = [one for one in inside if one.name.endswith(TARS)]
-    named = [one for one in tars if _says(one.name, split)]
-    if named or any(_says(one.name, other) for one in tars for other in SPLITS):
-        return [one for tar in named for one in _in_tar(tar, split, False)]
     if tars:
-        return [one for tar in tars for one in _in_tar(tar, split, marked)]
-    if marked:
-        return []
+        return [one for tar in tars for one in _found(tar, split, marked)]
+    return [] if marked else _in_classes(path)
+
+
+def _in_classes(root: Path) -> list[Found]:
+    """The images of a folder that holds one of each class."""
+    folders = sorted(one for one in root.iterdir() if one.is_dir() and not one.name.startswith("."))
     photos = ((folder, photo) for folder in folders for photo in sorted(folder.rglob("*")))
     return [
         (folder.name, f"{folder.name}/{photo.relative_to(folder).as_posix()}", photo)
@@ -179,13 +179,13 @@ def _in_tar(path: Path, split: str, marked: bool) -> list[Found]:
         if lost:
             raise ValueError(f"{path}: {printable(lost[0])} has no .cls beside it")
         return [(labels[str(n.with_suffix(""))], f"{path.name}/{n}", source) for n, source in photos.items()]
-    splits = {part for name in photos for part in name.parts[:-2] if part in ALL_SPLITS}
-    mine = [name for name in photos if len(name.parts) > 1]
-    if splits:
-        mine = [name for name in mine if not set(SPLITS[split]).isdisjoint(name.parts[:-2])]
-    elif marked and not _says(path.name, split):
-        return []
-    return [(name.parts[-2], "/".join(name.parts[-2:]), photos[name]) for name in mine]
+    under = {name: next((i for i, part in enumerate(name.parts[:-2]) if part in ALL_SPLITS), None) for name in photos}
+    if all(place is None for place in under.values()):
+        if marked and not _says(path.name, split):
+            return []
+        return [(n.parts[-2], "/".join(n.parts[-2:]), photos[n]) for n in photos if len(n.parts) > 1]
+    mine = [(n, place + 1) for n, place in under.items() if place is not None and n.parts[place] in SPLITS[split]]
+    return [(n.parts[place], "/".join(n.parts[place:]), photos[n]) for n, place in mine]
 
 
 def _members(path: Path) -> Iterator[tuple[str, Source]]:
@@ -276,7 +276,8 @@ def training_transform(augment: str, size: int, erasing: float = 0.25, crop_rati
         re_mode="pixel",
     )
     if size <= NATIVE:
-        made.transforms[0] = transforms.RandomCrop(size, padding=4)
+        resize = transforms.Resize(size, transforms.InterpolationMode.BICUBIC)  # as evaluation does
+        made.transforms[0] = transforms.Compose([resize, transforms.RandomCrop(size, padding=4)])
     return made
 
 
@@ -334,12 +335,15 @@ class EvaluationImages(Dataset):
 
 
 def prepared(images: LabelledImages, i: int, transform: Transform) -> Item:
-    """Image i transformed, with its label; text if it cannot be read."""
+    """Image i transformed, with its label; text if it cannot be read or transformed."""
     try:
         image = images.read(i)
     except (OSError, ValueError) as error:
         return one_line(error)
-    return transform(image), images.labels[i]
+    try:
+        return transform(image), images.labels[i]
+    except (OSError, ValueError, RuntimeError) as error:
+        return f"{printable(images.ids[i])}, {image.width} x {image.height}, cannot be prepared ({one_line(error)})"
 
 
 def collate(items: Sequence[Item]) -> tuple[torch.Tensor, torch.Tensor] | str:

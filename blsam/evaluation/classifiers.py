@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..checkpoint import checked_path
 from ..checkpoint_files import CheckpointError, read_content
 from ..checkpoint_layouts import WRAPPED, tensor_dicts
 from ..config import CLASSIFIERS
-from ..data.imagenet import CROP, EvaluationTransform, crop_ratio_of, require_timm
+from ..data.imagenet import CROP, EvaluationTransform, LabelledImages, crop_ratio_of, open_images, require_timm
 from ..modeling.classifier import BLVisionTransformer
 from ..options import UsageError, one_line
 
@@ -55,19 +55,22 @@ def load_classifier(
     """A row of `CLASSIFIERS`, as it is or with a method of `blsam.baselines` on it, or `timm:NAME`; random weights (seed
     0) without a checkpoint.
 
-    keep_ratio: of a routed model or a baseline; None: 0.25, a baseline's own. One crop holds for all, 0.875 unless said
-    otherwise; mean, standard deviation and interpolation are the model's own.
+    keep_ratio: of a routed model or a baseline; None: 0.25, a baseline's own. crop_ratio None: what a file of the
+    trainer was validated with, otherwise one for all, 0.875. timm's models have their own mean, standard deviation and
+    interpolation, ours ImageNet's and bicubic.
     UsageError, FileNotFoundError, CheckpointError or ImportError in one line.
     """
     torch.manual_seed(0)
     if name.startswith(TIMM):
         if baseline is not None:
             raise UsageError("--baseline is for our own plain models")
-        if dtype != "float32":
-            raise UsageError("timm's models are measured in float32; leave --dtype out")
+        if dtype != "float32" or keep_ratio is not None:
+            raise UsageError("timm's models are measured whole, in float32; leave --keep-ratio and --dtype out")
         return _timms(name, checkpoint, image_size, crop_ratio, device)
     if name not in CLASSIFIERS:
         raise UsageError(f"no classifier {name!r}; there are {', '.join(CLASSIFIERS)}, and timm's as timm:NAME")
+    if keep_ratio is not None and baseline is None and not CLASSIFIERS[name].routed:
+        raise UsageError(f"{name} is a plain model, which keeps all tokens; leave --keep-ratio out")
     how: dict[str, Any] = {"image_size": image_size, "dtype": dtype, "device": device}
     how |= {} if keep_ratio is None else {"keep_ratio": keep_ratio}
     if baseline is None:
@@ -75,12 +78,24 @@ def load_classifier(
     else:
         model = build_baseline(baseline, CLASSIFIERS[name], checkpoint, **how)
         name = f"{baseline} on {name}"
-    size = model.img_size[0]
+    size, stored = model.img_size[0], read_content(checkpoint)[1] if checkpoint is not None else {}
+    if crop_ratio is None and "crop_ratio" in stored:
+        crop_ratio = float(stored["crop_ratio"])
     crop = crop_ratio_of(size, crop_ratio)
-    stored = read_content(checkpoint)[1].get("classes") if checkpoint is not None else None
-    names = tuple(json.loads(stored)) if stored else None
+    names = tuple(json.loads(stored["classes"])) if "classes" in stored else None
     transform = EvaluationTransform(size, crop)
     return Measured(name, model, size, model.num_classes, crop, transform, _words(size, crop, "bicubic"), names)
+
+
+def labelled(measured: Measured, paths: Sequence[Path]) -> LabelledImages:
+    """The validation images at some paths; UsageError unless they are of the model's classes."""
+    images = open_images(paths, "val", classes=measured.names)
+    if len(images.classes) != measured.classes:
+        raise UsageError(
+            f"the images are of {len(images.classes)} classes, {measured.name} answers {measured.classes}; they must be "
+            "the same, in the order of their names"
+        )
+    return images
 
 
 def _words(size: int, crop: float, interpolation: str) -> str:
@@ -99,7 +114,10 @@ def _timms(name: str, checkpoint: Path | None, size: int | None, crop: float | N
         raise UsageError(f"timm {timm.__version__} has no model {wanted!r}; timm.list_models() names all{hint}")
     try:
         model: Any = _sized(timm.create_model, wanted, size)
-    except (AssertionError, ValueError) as error:
+        model.eval()(
+            torch.zeros(1, 3, size, size) if size else torch.zeros(1, *resolve_data_config(model=model)["input_size"])
+        )
+    except (AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"{name} cannot be made with --image-size {size} ({one_line(error)})") from None
     if checkpoint is not None:
         _load(model, checked_path(checkpoint), name)

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import checkpoint as ckpt
 from ..build_classifier import build_classifier, read_classifier
 from ..build_sam import build_sam
+from ..checkpoint_files import read_content
 from ..config import ClassifierConfig, EncoderConfig, LayersConfig
 from ..data.annotations import Annotations
 from ..data.imagenet import classifier_input
@@ -24,7 +25,7 @@ from ..distributed import peak_gb
 from ..evaluation.prompted import object_ious
 from ..files import sha256
 from ..images import photos_in, read_image
-from ..modeling.classifier import ADDED
+from ..modeling.classifier import ADDED, BLVisionTransformer
 from ..modeling.sam import Sam
 from ..modeling.staged import Staged
 from ..predictor import SamPredictor
@@ -116,7 +117,10 @@ def calibrate(
             row["box_miou_after"] = box_miou(whole, annotations, row["keep_ratio"])
             row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(whole, annotations, 1.0)
     report = {"by_keep_ratio": rows, **found, "log": log, "photos": len(photos), "peak_gb": peak_gb(run.device)}
-    metadata = {"model": config.name, "image_size": model.img_size, "calibration": report}
+    metadata: dict[str, Any] = {"model": config.name, "image_size": model.img_size, "calibration": report}
+    if isinstance(whole, BLVisionTransformer):  # what the dense model's file says of its images still holds
+        given = read_content(Path(checkpoint))[1]
+        metadata |= {"image_size": whole.img_size[0]} | {k: given[k] for k in ("classes", "crop_ratio") if k in given}
     ckpt.save(output, whole.state_dict(), metadata)
     shutil.rmtree(folder)
     return report
@@ -140,8 +144,9 @@ def _build(
                 f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one"
             )
         model = build_classifier(config, checkpoint, image_size=image_size, keep_ratio=keep_ratio, device=device)
-        size = model.img_size
-        return model, model, lambda i: (classifier_input(read_image(photos[i]), size[0]).to(device), size)
+        size, stored = model.img_size, read_content(Path(checkpoint))[1].get("crop_ratio")
+        crop = None if stored is None else float(stored)
+        return model, model, lambda i: (classifier_input(read_image(photos[i]), size[0], crop).to(device), size)
     state, _ = ckpt.read(checkpoint, config)
     if any(ckpt.ADDED["routing"].match(key) for key in state):
         raise ckpt.CheckpointError(f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one")

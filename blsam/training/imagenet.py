@@ -142,6 +142,7 @@ class ClassifierRun(AnyRun):
             "image_size": str(settings.side),
             "step": str(self.progress.step),
         }
+        metadata |= {"baseline": settings.baseline} if settings.baseline else {}
         metadata |= {"classes": json.dumps(self.training.classes), "crop_ratio": str(settings.crop)}
         return str(self.folder.export(name, self.ema.module, metadata))
 

@@ -16,7 +16,7 @@ class ClassifierSettings(RunSettings):
     """What `blsam train-imagenet --help` says of each; rates are of 512 images a step. baseline: a name of
     `baselines.BASELINES` that runs on the plain `model`, with the first of `keep_ratio`."""
 
-    free: ClassVar[set[str]] = FREE | {"val_data", "warmup_epochs"}
+    free: ClassVar[set[str]] = FREE | {"val_data"}
     model: ClassifierConfig
     baseline: str | None = None
     val_data: tuple[Path, ...] = ()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ from blsam.training.imagenet import train
 from blsam.training.imagenet_settings import ClassifierSettings
 
 ROUTED, DENSE = CLASSIFIERS["blvit_mini_patch4_32"], CLASSIFIERS["vit_mini_patch4_32"]
+IMAGES = 128  # of a step
 BATCH, ROUNDS = 64, 7  # of the timing
 
 
@@ -103,7 +105,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, required=True, metavar="DIR", help="run folders")
     add("--results", type=Path, required=True, metavar="JSONL")
     add("--teacher-epochs", type=float, default=20.0)
-    add("--steps", type=int, default=500, help="of every run, of 128 images")
+    add("--steps", type=int, default=500, help=f"of every run, of {IMAGES} images")
     add("--seeds", type=int, nargs="+", default=(0, 1), help="of table main; the others take the first")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--report", action="store_true", help="print what there is and measure speed; train nothing")
@@ -113,6 +115,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
+    length = {"steps": args.steps, "teacher_epochs": args.teacher_epochs, "precision": args.precision}
+    if other := [row for row in rows if {name: row[name] for name in length} != length]:
+        was = ", ".join(f"{name} {other[0][name]}" for name in length)
+        raise UsageError(f"{args.results} holds runs of another length ({was}); give those options, or another file")
     if args.report:
         report(args, rows)
         return 0
@@ -120,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         for seed in args.seeds if name == "main" else args.seeds[:1]:
             for variant in TABLES[name].values():
                 if not any((row["variant"], row["seed"]) == (key_of(variant), seed) for row in rows):
-                    rows.append(one_run(args, variant, seed))
+                    rows.append(one_run(args, variant, seed) | length)
                     write_text(args.results, "".join(json.dumps(row) + "\n" for row in rows))
     return 0
 
@@ -145,7 +151,7 @@ def common(args: argparse.Namespace, output: Path, seed: int) -> ClassifierSetti
         mixup=0.0,
         cutmix=0.0,
         drop_path=0.0,
-        batch_size=128,
+        batch_size=IMAGES,
         workers=1,
         seed=seed,
         precision=args.precision,
@@ -156,13 +162,13 @@ def common(args: argparse.Namespace, output: Path, seed: int) -> ClassifierSetti
     )
 
 
-def run(settings: ClassifierSettings, steps: int | None) -> dict[str, Any]:
+def run(settings: ClassifierSettings, steps: int) -> dict[str, Any]:
     """Train, or go on; the last validation, and its seconds."""
     start = time.perf_counter()
     train(settings)
     lines = [json.loads(line) for line in (settings.output / "metrics.jsonl").read_text().splitlines()]
     found = [line for line in lines if "val_top1" in line][-1]
-    if steps is not None and found["step"] < steps:
+    if found["step"] < steps:
         raise UsageError(f"{settings.output} was interrupted; the same command goes on with it")
     curve = [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][:: max(1, len(lines) // 20)]
     minutes = max((line["minutes"] for line in lines if "minutes" in line), default=0.0)
@@ -173,10 +179,10 @@ def run(settings: ClassifierSettings, steps: int | None) -> dict[str, Any]:
 def teacher_of(args: argparse.Namespace) -> Path:
     """The dense teacher, trained once."""
     output = args.output / "teacher"
-    settings = replace(common(args, output, 0), lr=2e-3, epochs=args.teacher_epochs, ema=0.999, warmup_epochs=1.0)
     path = output / "model.safetensors"
     if not (output / "row.json").is_file():
-        row = run(settings, None)
+        steps = math.ceil(args.teacher_epochs * len(open_images((args.data,), "train")) / IMAGES)
+        row = run(replace(common(args, output, 0), lr=2e-3, steps=steps, ema=0.999, warmup_epochs=1.0), steps)
         write_text(output / "row.json", json.dumps(row))
     return path
 

@@ -77,7 +77,8 @@ def test_trained_then_resumed_then_measured(data, tmp_path, capsys):
         (["--steps", "1", "--keep-ratio", "2"], "keep ratios lie in"),
         (["--steps", "1", "--baseline", "evit", "--model", "blvit_mini_patch4_32"], "runs on a plain model, such as"),
         (["--steps", "1", "--baseline", "evit", "--keep-ratio", "0.5,0.6"], "takes one --keep-ratio"),
-        (["--steps", "1", "--crop-ratio", "0"], "keep ratios lie in"),
+        (["--steps", "1", "--crop-ratio", "0"], "crop ratios lie in"),
+        (["--steps", "1", "--seed", "-1"], "--seed is at least 0"),
         (["--steps", "1", "--model", "vit_huge"], "invalid choice: 'vit_huge'"),
     ),
 )

@@ -170,8 +170,10 @@ def test_light_is_a_crop_of_the_padded_image_or_its_mirror():
 
 
 def test_deit_augments_small_images_without_resizing():
-    steps = training_transform("deit", 32).transforms
-    assert (type(steps[0]).__name__, steps[0].padding) == ("RandomCrop", 4)
+    resize, crop = training_transform("deit", 32).transforms[0].transforms  # the short side to 32, as in evaluation
+    assert (type(resize).__name__, resize.size) == ("Resize", 32) and crop.padding == 4
+    for size in ((20, 20), (500, 400)):
+        assert training_transform("deit", 32)(picture("red", 0, size)).shape == (3, 32, 32)
     names = [type(step).__name__ for step in training_transform("deit", 224, erasing=0.25).transforms]
     assert names == ["RandomResizedCropAndInterpolation", "RandomHorizontalFlip", "RandAugment", "MaybeToTensor"] + [
         "Normalize",
@@ -188,6 +190,47 @@ def test_a_damaged_image_is_one_line():
     assert "\n" not in str(caught.value)
     batch, labels = checked(collate(items[:1]))
     assert batch.shape == (1, 3, 16, 16) and labels.tolist() == [0]
+
+
+def test_what_cannot_be_prepared_is_one_line():
+    images = LabelledImages(("red",), [0], ["red/1.png"], [encoded("red", 0)])
+
+    def fails(image):
+        raise RuntimeError("too small")
+
+    item = EvaluationImages(images, fails)[0]
+    assert item == "red/1.png, 16 x 16, cannot be prepared (too small)"
+
+
+def test_tars_named_one_by_one_keep_to_their_split(tmp_path):
+    paths = sorted(shards(tmp_path).glob("*.tar"))
+    assert len(open_images(paths, "train")) == 6 and list(open_images(paths, "val").labels) == [1]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    """As one of CIFAR-100 is: with splits around the classes, and without, as folders and in tars."""
+    names = ("apple", "train", "wolf")
+    files = {f"{split}/{name}/0.png": encoded("red", 0) for split in ("train", "test") for name in names}
+    tar = write_tar(tmp_path / "set.tar", files)
+    for name in files:
+        (tmp_path / "set" / name).parent.mkdir(parents=True)
+        (tmp_path / "set" / name).write_bytes(files[name])
+    for path in (tmp_path / "set", tar):
+        for split in ("train", "val"):
+            assert open_images(path, split, marked=True).classes == names and len(open_images(path, split)) == 3
+    assert open_images(tmp_path / "set" / "train", "train").classes == names
+
+
+def test_images_may_lie_deeper_than_their_class(tmp_path):
+    """Tiny ImageNet's layout: the class is the folder right below the split."""
+    files = {f"tiny/train/{name}/images/{i}.png": encoded("red", i) for name in ("n1", "n2") for i in (0, 1)}
+    tar = write_tar(tmp_path / "tiny.tar", files)
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(files[name])
+    for path in (tmp_path / "tiny", tar):
+        images = open_images(path, "train")
+        assert images.classes == ("n1", "n2") and images.ids[0] == "n1/images/0.png"
 
 
 def test_without_timm(monkeypatch):

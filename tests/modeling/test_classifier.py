@@ -20,8 +20,8 @@ SMALL = ClassifierConfig(
     heads=4,
     e_dim=8,
     e_heads=2,
-    e_layers=(1, 3),
-    predictor_layers=(0, 2),
+    e_layers=(1, 2),  # the class token alone reads the last layer, and is prime there
+    predictor_layers=(0, 1),  # for the same reason a predictor of the last layer alone would learn nothing
     patch=4,
     image_size=24,
     classes=5,
@@ -158,9 +158,9 @@ def test_attention_by_hand(semi_cross):
 def test_every_parameter_learns(change):
     model = small(replace(SMALL, **change)).train()
     F.cross_entropy(model(images()), torch.tensor([0, 1, 2])).backward()
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    without = [name for name, g in grads.items() if g is None or not g.isfinite().all() or not g.abs().sum() > 0]
     assert without == []
-    assert model.predictors[0].linear.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("routed", [False, True])
