@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from blsam.build_classifier import build_classifier
+from blsam.checkpoint import save
 from blsam.config import CLASSIFIERS
 from blsam.data.imagenet import classifier_input, open_images
 from blsam.distributed import CPU, World
-from blsam.evaluation.classifiers import Measured, load_classifier
+from blsam.evaluation.classifiers import Measured, labelled, load_classifier
 from blsam.evaluation.imagenet import Correct, accuracy, count_correct, counted_macs, images_a_second, some_images
+from blsam.modeling.classifier import BLVisionTransformer
+from blsam.options import UsageError
 from tests.labelled import write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -95,3 +98,34 @@ def test_ours_keeps_its_image_size_and_ratio():
         for r in (0.5, 0.25)
     )
     assert fewer < 0.85 * more
+
+
+def test_a_file_of_the_trainer_says_how_it_was_validated(tmp_path):
+    """Its image size and its crop are taken; options go first."""
+    config = CLASSIFIERS["vit_mini_patch4_32"]
+    state, path = BLVisionTransformer(config, img_size=48, num_classes=2).state_dict(), tmp_path / "a.safetensors"
+    save(path, state, {"model": config.name, "classes": ["blue", "red"], "crop_ratio": "0.5"})
+    found = load_classifier(config.name, path, device=CPU)
+    assert (found.size, found.crop_ratio, found.names) == (48, 0.5, ("blue", "red"))
+    asked = load_classifier(config.name, path, image_size=32, crop_ratio=0.9, device=CPU)
+    assert (asked.size, asked.crop_ratio) == (32, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("timm:resnet18", {"keep_ratio": 0.5}, "leave --keep-ratio and --dtype out"),
+        ("vit_mini_patch4_32", {"keep_ratio": 0.5}, "is a plain model"),
+        ("timm:vit_tiny_patch16_224", {"image_size": 8}, "cannot be made with --image-size 8"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(name, options, words):
+    with pytest.raises(UsageError, match=words) as error:
+        load_classifier(name, None, device=CPU, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_images_of_other_classes_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "set", {"val": 1})
+    with pytest.raises(UsageError, match="the images are of 2 classes, vit_mini_patch4_32 answers 10"):
+        labelled(load_classifier("vit_mini_patch4_32", None, device=CPU), [folder])

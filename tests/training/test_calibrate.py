@@ -213,8 +213,8 @@ def test_a_classifier_is_calibrated_by_the_same_command(photos, tmp_path, capsys
         for name, p in dense.named_parameters():
             if name.startswith("blocks.") and p.dim() == 2:
                 p *= 3  # fresh layers hardly add anything
-    start, out, report = tmp_path / "dense.pth", tmp_path / "out.safetensors", tmp_path / "report.json"
-    torch.save({"model": dense.state_dict()}, start)
+    start, out, report = tmp_path / "dense.safetensors", tmp_path / "out.safetensors", tmp_path / "report.json"
+    ckpt.save(start, dense.state_dict(), {"classes": list("abcdefghij"), "crop_ratio": "0.9"})
     command = ["calibrate", "--model", config.name, "--checkpoint", start, "--images", photos, "--steps", "6"]
     assert not main(
         [str(part) for part in (*command, "--limit", "6", "--dtype", "float32", "-o", out, "--json", report)]
@@ -222,6 +222,12 @@ def test_a_classifier_is_calibrated_by_the_same_command(photos, tmp_path, capsys
     assert "keep   cosine before   after" in capsys.readouterr().out
     for row in json.loads(report.read_text())["by_keep_ratio"]:
         assert 1 - row["cosine_after"] < 0.4 * (1 - row["cosine_before"]), row
+    metadata = ckpt.read(out)[1]  # what the dense model's file says of its images still holds
+    assert (
+        metadata["image_size"] == "32"
+        and metadata["crop_ratio"] == "0.9"
+        and json.loads(metadata["classes"])[9] == "j"
+    )
     model, photo = build_classifier(config, out), classifier_input(read_image(next(iter(photos.iterdir()))), 32)[None]
     with torch.no_grad():
         ours, theirs = model.encode(photo)[0], dense.encode(photo)[0]
