@@ -114,9 +114,8 @@ def _timms(name: str, checkpoint: Path | None, size: int | None, crop: float | N
         raise UsageError(f"timm {timm.__version__} has no model {wanted!r}; timm.list_models() names all{hint}")
     try:
         model: Any = _sized(timm.create_model, wanted, size)
-        model.eval()(
-            torch.zeros(1, 3, size, size) if size else torch.zeros(1, *resolve_data_config(model=model)["input_size"])
-        )
+        if size is not None:  # some find out in a pass alone
+            model.eval()(torch.zeros(1, 3, size, size))
     except (AssertionError, ValueError, RuntimeError) as error:
         raise UsageError(f"{name} cannot be made with --image-size {size} ({one_line(error)})") from None
     if checkpoint is not None:

@@ -95,11 +95,6 @@ def first(ranks: torch.Tensor, count: int) -> torch.Tensor:
     return ranks.topk(count, dim=-1, largest=False).indices
 
 
-def choose(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` highest of every group, highest first, ties to the lower index: [G, n] -> [G, count] int64."""
-    return first(rank(scores), count)
-
-
 # --- the routing -----------------------------------------------------------------------------------------------------
 
 
@@ -225,9 +220,10 @@ def route_sequence(scores: torch.Tensor, rank_by: torch.Tensor, keep_ratio: floa
     if keep_ratio >= 1:
         return Stage(torch.ones_like(scores, dtype=torch.bool), scores, counts)
     rank_by = rank_by.detach()[:, 1:]
-    chosen = F.pad(choose(rank_by, count) + 1, (1, 0))  # [B, 1 + k], the class token first
+    ranks = rank(rank_by)
+    chosen = F.pad(first(ranks, count) + 1, (1, 0))  # [B, 1 + k], the class token first
     queries = _of_sequences([(slice(0, b), images, chosen)], n)
-    ranks = F.pad(rank(rank_by) + 1, (1, 0))
+    ranks = F.pad(ranks + 1, (1, 0))
     mask = ranks <= count
     if win.exporting():  # no scatter: each token is looked up, in the rows of the P queries or behind them
         others = b * (1 + count) + images[:, None] * n + torch.arange(n, device=device)

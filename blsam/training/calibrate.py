@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .. import checkpoint as ckpt
 from ..build_classifier import build_classifier, read_classifier
 from ..build_sam import build_sam
+from ..checkpoint import checked_path
 from ..checkpoint_files import read_content
 from ..config import ClassifierConfig, EncoderConfig, LayersConfig
 from ..data.annotations import Annotations
@@ -85,7 +86,9 @@ def calibrate(
     settings = settings or default_settings(config)
     output = Path(output)
     torch.manual_seed(settings.seed)
-    whole, model, inputs = _build(config, checkpoint, photos, image_size, settings.keep_ratio, device)
+    # what a classifier's file says of its images holds for what is made of it
+    said = read_content(checked_path(checkpoint))[1] if isinstance(config, ClassifierConfig) else {}
+    whole, model, inputs = _build(config, checkpoint, photos, image_size, settings.keep_ratio, device, said)
     if annotations is not None and not isinstance(whole, Sam):
         raise ValueError("annotations of masks are for segmenters; a classifier is calibrated without")
 
@@ -118,9 +121,8 @@ def calibrate(
             row["box_miou_dense"] = rows[0].get("box_miou_dense") or box_miou(whole, annotations, 1.0)
     report = {"by_keep_ratio": rows, **found, "log": log, "photos": len(photos), "peak_gb": peak_gb(run.device)}
     metadata: dict[str, Any] = {"model": config.name, "image_size": model.img_size, "calibration": report}
-    if isinstance(whole, BLVisionTransformer):  # what the dense model's file says of its images still holds
-        given = read_content(Path(checkpoint))[1]
-        metadata |= {"image_size": whole.img_size[0]} | {k: given[k] for k in ("classes", "crop_ratio") if k in given}
+    if isinstance(whole, BLVisionTransformer):
+        metadata |= {"image_size": whole.img_size[0]} | {k: said[k] for k in ("classes", "crop_ratio") if k in said}
     ckpt.save(output, whole.state_dict(), metadata)
     shutil.rmtree(folder)
     return report
@@ -136,6 +138,7 @@ def _build(
     image_size: int | None,
     keep_ratio: float,
     device: torch.device | str,
+    said: dict[str, str],
 ) -> tuple[nn.Module, Staged, Inputs]:
     """The whole model on a dense checkpoint, the part that is fitted, and photo number i as that takes it."""
     if isinstance(config, ClassifierConfig):
@@ -144,8 +147,7 @@ def _build(
                 f"{checkpoint} is a big.LITTLE model already; calibration starts from a dense one"
             )
         model = build_classifier(config, checkpoint, image_size=image_size, keep_ratio=keep_ratio, device=device)
-        size, stored = model.img_size, read_content(Path(checkpoint))[1].get("crop_ratio")
-        crop = None if stored is None else float(stored)
+        size, crop = model.img_size, float(said["crop_ratio"]) if "crop_ratio" in said else None
         return model, model, lambda i: (classifier_input(read_image(photos[i]), size[0], crop).to(device), size)
     state, _ = ckpt.read(checkpoint, config)
     if any(ckpt.ADDED["routing"].match(key) for key in state):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from blsam.modeling.routing import SCORERS, Group, choose, keep_count, rank, route
+from blsam.modeling.routing import SCORERS, Group, first, keep_count, rank, route
 from tests.helpers import TINY, images, tiny
 
 
@@ -15,12 +15,12 @@ def test_rank_and_choice_are_those_of_a_stable_sort():
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     assert torch.equal(rank(scores), order.argsort(-1))
     for count in (1, 12, 49):
-        assert torch.equal(choose(scores, count), order[:, :count])
+        assert torch.equal(first(rank(scores), count), order[:, :count])
 
 
 def test_ties_by_hand():
     assert rank(torch.tensor([[1.0, 3.0, 1.0, 3.0]])).tolist() == [[2, 0, 3, 1]]
-    assert choose(torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0]]), 2).tolist() == [[0, 1], [1, 2]]
+    assert first(rank(torch.tensor([[0.0, 0.0, 0.0], [1.0, 2.0, 2.0]])), 2).tolist() == [[0, 1], [1, 2]]
 
 
 def test_queries_by_hand():
