@@ -7,7 +7,6 @@ python scripts/visualize_routing.py dog.jpg --model blvit_base_tiny_patch16_224 
 """
 
 import sys
-from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,8 @@ from blsam.config import CLASSIFIERS
 from blsam.data.imagenet import MEAN, STD, classifier_input
 from blsam.files import write_atomically
 from blsam.images import read_image
+from blsam.modeling.classifier import BLVisionTransformer
+from blsam.modeling.sam import Sam
 from blsam.options import (
     ROUTED,
     Parser,
@@ -36,21 +37,20 @@ from blsam.options import (
 from blsam.visualize import class_routing_figure, routing_figure
 
 
-def segmenter(args: Namespace, checkpoint: Path) -> Callable[[np.ndarray], Figure]:
+def segmenter(sam: Sam) -> Callable[[np.ndarray], Figure]:
     """From a photo, uint8 [H, W, 3] RGB, to the picture of its routing."""
-    predictor = SamPredictor(sam_model_registry[args.model](checkpoint, **builder_options(args)))
-    layers = predictor.model.image_encoder.config.predictor_layers
+    predictor = SamPredictor(sam)
 
     def draw(image: np.ndarray) -> Figure:
         predictor.set_image(image)
+        layers = sam.image_encoder.config.predictor_layers
         return routing_figure(image, predictor.routing, predictor.input_size, layers)
 
     return draw
 
 
-def classifier(args: Namespace, checkpoint: Path) -> Callable[[np.ndarray], Figure]:
+def classifier(model: BLVisionTransformer) -> Callable[[np.ndarray], Figure]:
     """As `segmenter`; the classifier sees the centre of the photo alone."""
-    model = build_classifier(CLASSIFIERS[args.model], checkpoint, **builder_options(args))
     size, device = model.img_size[0], model.cls_token.device
 
     @torch.no_grad()
@@ -62,6 +62,10 @@ def classifier(args: Namespace, checkpoint: Path) -> Callable[[np.ndarray], Figu
         return class_routing_figure(shown, routing, model.grid, model.config.predictor_layers)
 
     return draw
+
+
+def write_figure(figure: Figure, path: Path) -> None:
+    write_atomically(path, partial(figure.savefig, dpi=110))
 
 
 def main() -> int:
@@ -85,9 +89,13 @@ def main() -> int:
         check_output("--output", path, taken=(*args.photos, checkpoint))
     images = [read_image(photo) for photo in args.photos]
 
-    draw = (classifier if args.model in CLASSIFIERS else segmenter)(args, checkpoint)
+    options = builder_options(args)
+    if args.model in CLASSIFIERS:
+        draw = classifier(build_classifier(CLASSIFIERS[args.model], checkpoint, **options))
+    else:
+        draw = segmenter(sam_model_registry[args.model](checkpoint, **options))
     for path, image in zip(paths, tqdm(images, unit="photo", disable=not sys.stderr.isatty())):
-        write_atomically(path, partial(draw(image).savefig, dpi=110))
+        write_figure(draw(image), path)
         print(path)
     return 0
 

@@ -23,7 +23,6 @@ from collections.abc import Callable
 import torch
 
 from blsam.config import CONFIGS, EncoderConfig
-from blsam.modeling.attention import by_head
 from blsam.modeling.routing import route
 from blsam.modeling.windows import regions
 from blsam.options import ROUTED, Parser, add_option, exit_status
@@ -56,7 +55,10 @@ def layouts(config: EncoderConfig, layer: int, side: int, keep_ratio: float, dty
 
     def cut(projected: torch.Tensor, parts: int, heads: int) -> None:
         for region in regions(side, side, window):
-            by_head(region.windows(projected.view(1, side, side, parts, heads, -1))).contiguous()
+            windows = region.windows(projected.view(1, side, side, parts, heads, -1))
+            windows.permute(
+                5, 0, 1, 2, 6, 3, 4, 7
+            ).contiguous()  # [a, b, B, h, w, 3, heads, d] -> [3, ..., heads, h, w, d]
 
     def raster() -> None:
         normalised.index_select(0, tokens)  # queries

@@ -15,12 +15,12 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from blsam import SamPredictor, sam_model_registry
+from blsam import sam_model_registry
 from blsam.cli import main as command_line
 from blsam.files import write_atomically
 from blsam.options import DEFAULT_MODEL, Parser, exit_status, find_checkpoint
 from scripts.benchmarks.benchmark_demo import served
-from scripts.visualize_routing import draw
+from scripts.visualize_routing import segmenter, write_figure
 
 KEEP_RATIO, BOX = 0.25, (160, 10, 400, 245)
 READY = "document.getElementById('status').textContent.includes('ready')"
@@ -76,7 +76,7 @@ def main() -> int:
         if code := command_line(["segment", str(photo), "--box", box, "-o", str(args.output / "cup.png")]):
             return code
     sam = sam_model_registry[DEFAULT_MODEL](find_checkpoint(DEFAULT_MODEL, None), keep_ratio=KEEP_RATIO)
-    draw(SamPredictor(sam), image, args.output / "routing.png")
+    write_figure(segmenter(sam)(image), args.output / "routing.png")
     photograph_page(image, args.output / "demo.png", args.chromium)
     return 0
 

@@ -157,8 +157,8 @@ def report(rows: list[dict[str, Any]]) -> None:
         last = [row["curve"][-1] for row in rows if row["variant"] == name]
         text = []
         for key in ("val_cosine", "val_box", "val_click", "prime_jaccard"):
-            values = [one[key] for one in last]
-            text.append(f"{key.removeprefix('val_')} {np.mean(values):.4f} (spread {np.ptp(values):.4f})")
+            of_key = [one[key] for one in last]
+            text.append(f"{key.removeprefix('val_')} {np.mean(of_key):.4f} (spread {np.ptp(of_key):.4f})")
         for prompt in PROMPTS:
             values, images = object_values(rows, name, prompt)
             text.append(f"{prompt} mIoU {values.mean():.2f}")
