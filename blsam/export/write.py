@@ -1,0 +1,113 @@
+"""Modules to files: ONNX, or OpenVINO's pair of .xml and .bin made from it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..modeling.image_encoder import ImageEncoder
+from ..modeling.sam import Sam
+from .graphs import OPSET, DecoderGraph, EncoderGraph, photo_graph
+from .tools import Tool, decoder_outputs
+
+MOST_BYTES = 1_800_000_000  # of weights inside an ONNX file; protobuf's limit is 2 GiB
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what torch's exporters say of constants and of themselves."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+@torch.no_grad()
+def encoder_onnx(encoder: ImageEncoder, tool: Tool, path: Path, facts: Mapping[str, str]) -> None:
+    """Write an encoder as ONNX: `x` [B, 3, S, S] (for AnyLabeling `input_image` [H, W, 3]) -> `image_embeddings`, and of
+    a routed model `prime`. Weights beyond 1.8 GB lie beside it, in a file of the same name with `.data` behind."""
+    size = encoder.img_size
+    names = ["image_embeddings", "prime"][: 2 if encoder.config.routed else 1]
+    batch = torch.export.Dim("batch", min=1, max=64)
+    x = torch.randn(2, 3, size, size)  # of two: torch.export makes a constant of one
+    with quiet():
+        program = torch.onnx.export(
+            EncoderGraph(encoder), (x,), dynamo=True, input_names=["x"], output_names=names, opset_version=OPSET,
+            dynamic_shapes={"x": {0: batch}}, verbose=False,
+        )  # fmt: skip
+    assert program is not None  # it is where no file is named
+    model = program.model_proto
+    if tool.photo:
+        model = with_photo(model, size)
+    save(model, path, facts, large=sum(p.nbytes for p in encoder.parameters()) > MOST_BYTES)
+
+
+def with_photo(model: Any, size: int) -> Any:
+    """Put what resizes, normalises and pads a photo before an encoder."""
+    import onnx
+
+    before = onnx.parser.parse_model(photo_graph(size))
+    before.ir_version = model.ir_version
+    joined = onnx.compose.merge_models(before, model, io_map=[("prepared", "x")], prefix1="photo_")
+    joined.graph.input[0].name = "input_image"
+    for node in joined.graph.node:
+        node.input[:] = ["input_image" if name == "photo_input_image" else name for name in node.input]
+    for output in joined.graph.output:  # a photo is one image
+        output.type.tensor_type.shape.dim[0].dim_value = 1
+    return joined
+
+
+@torch.no_grad()
+def decoder_onnx(sam: Sam, tool: Tool, path: Path, facts: Mapping[str, str]) -> None:
+    """Write prompt encoder, mask decoder and postprocessing as ONNX, with SAM's six inputs."""
+    import onnx
+
+    graph = DecoderGraph(sam, tool).eval()
+    inputs, axes = graph.example(), {"point_coords": {1: "num_points"}, "point_labels": {1: "num_points"}}
+    content: Any = io.BytesIO()
+    with quiet():  # traced: the older exporter takes sizes that are values, which torch.export does not
+        torch.onnx.export(
+            graph, tuple(inputs.values()), content, dynamo=False, opset_version=OPSET, do_constant_folding=True,
+            input_names=list(inputs), output_names=list(decoder_outputs(tool)), dynamic_axes=axes,
+        )  # fmt: skip
+    save(onnx.load_from_string(content.getvalue()), path, facts)
+
+
+def save(model: Any, path: Path, facts: Mapping[str, str], large: bool = False) -> None:
+    """One file with `facts` as its metadata, or two where the weights are too many for one."""
+    import onnx
+
+    onnx.helper.set_model_props(model, dict(facts))
+    model.producer_name = "blsam"
+    onnx.save(model, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
+    onnx.checker.check_model(str(path))
+
+
+def to_openvino(onnx_path: Path, path: Path) -> Path:
+    """OpenVINO's form of an ONNX file, in float32: `path` (.xml) and the .bin beside it, in place of the ONNX file."""
+    import openvino
+
+    openvino.save_model(openvino.convert_model(onnx_path), path, compress_to_fp16=False)
+    for file in files_of(onnx_path):
+        file.unlink()
+    return path
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that one export consists of."""
+    beside = path.with_suffix(".bin") if path.suffix == ".xml" else path.with_name(f"{path.name}.data")
+    return [path, beside] if beside.is_file() else [path]
