@@ -11,6 +11,7 @@ COMMANDS = {  # modules of `commands`, each with add_arguments(parser) and run(a
     "segment": "a mask from clicks or a box",
     "demo": "a page to click on, on this machine",
     "models": "names, sizes, costs, and which weights are present",
+    "convert": "what a checkpoint holds; the same weights for another model, image size, type or format",
     "export": "encoder and decoder as ONNX or OpenVINO files, for labelling tools too, checked against torch",
     "calibrate": "a blsam model from a SAM checkpoint and a few photos, without training",
     "train": "a SAM or a blsam model, on SA-1B, COCO, LVIS or photos of your own",
