@@ -9,6 +9,7 @@ from .options import Parser, exit_status
 
 COMMANDS = {  # modules of `commands`, each with add_arguments(parser) and run(args)
     "segment": "a mask from clicks or a box",
+    "masks": "everything in photos, folders and tars, with the options of SAM's amg.py",
     "demo": "a page to click on, on this machine",
     "models": "names, sizes, costs, and which weights are present",
     "convert": "what a checkpoint holds; the same weights for another model, image size, type or format",

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import lzma
 import math
 import random
 import re
-import tarfile
-import warnings
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,16 +26,14 @@ from torchvision import transforms
 from ..files import printable
 from ..images import SUFFIXES
 from ..options import one_line
+from .archives import TARS, Source, content, members
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of red, green and blue in 0 ... 1
 CROP = 0.875  # DeiT, EViT, Evo-ViT: 224 of 256
 NATIVE = 32  # images of so many pixels, or fewer, are taken as they are: DeiT does so for CIFAR
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
-TARS = (".tar", ".tar.xz", ".tar.gz", ".tgz", ".tar.bz2")
-MUCH = 4 * 2**30  # bytes in memory that one is told of
 AUGMENT = ("deit", "light", "none")
 ALL_SPLITS = {name for names in SPLITS.values() for name in names}
-Source = Path | tuple[Path, int, int] | bytes  # a file; a file, offset and length in it; what would be in a file
 Found = tuple[str | int, str, Source]  # class by name or number, id, source
 Transform = Callable[[Image.Image], torch.Tensor]
 Item = tuple[torch.Tensor, int] | str
@@ -64,21 +58,10 @@ class LabelledImages:
         """Image i as RGB, read as all of ImageNet's numbers are: no upright turn, no colour profile. ValueError in one
         line if it is damaged."""
         try:
-            with Image.open(io.BytesIO(_content(self.sources[i]))) as image:
+            with Image.open(io.BytesIO(content(self.sources[i]))) as image:
                 return image.convert("RGB")
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{printable(self.ids[i])} is not an image that can be read ({error})") from None
-
-
-def _content(source: Source) -> bytes:
-    if isinstance(source, bytes):
-        return source
-    if isinstance(source, Path):
-        return source.read_bytes()
-    path, offset, length = source
-    with path.open("rb") as file:
-        file.seek(offset)
-        return file.read(length)
 
 
 # --- finding them ----------------------------------------------------------------------------------------------------
@@ -163,15 +146,15 @@ def _in_tar(path: Path, split: str, marked: bool) -> list[Found]:
     """The images of a split in a tar: those of its folders of that name, or of a tar without such folders all."""
     labels: dict[str, int] = {}
     photos: dict[PurePosixPath, Source] = {}
-    for member, content in _members(path):
+    for member, source in members(path):
         name = PurePosixPath(member)
         if name.suffix == ".cls":
-            text = _content(content).strip()
+            text = content(source).strip()
             if not text.isdigit():
                 raise ValueError(f"{path}: {printable(name)} holds no class number but {printable(text)}")
             labels[str(name.with_suffix(""))] = int(text)
         elif _is_photo(name.name):
-            photos[name] = content
+            photos[name] = source
     if labels:
         if marked and not _says(path.name, split):
             return []
@@ -186,28 +169,6 @@ def _in_tar(path: Path, split: str, marked: bool) -> list[Found]:
         return [(n.parts[-2], "/".join(n.parts[-2:]), photos[n]) for n in photos if len(n.parts) > 1]
     mine = [(n, place + 1) for n, place in under.items() if place is not None and n.parts[place] in SPLITS[split]]
     return [(n.parts[place], "/".join(n.parts[place:]), photos[n]) for n, place in mine]
-
-
-def _members(path: Path) -> Iterator[tuple[str, Source]]:
-    """Name and source of every file in a tar: in it, where it is a plain one, in memory where it is packed."""
-    held = 0
-    try:
-        with tarfile.open(path) as tar:
-            packed = not isinstance(tar.fileobj, io.BufferedReader)
-            for member in tar:
-                if not member.isfile():
-                    continue
-                if not packed:
-                    yield member.name, (path, member.offset_data, member.size)
-                    continue
-                file = tar.extractfile(member)
-                assert file is not None  # of a file
-                held += member.size
-                if held > MUCH >= held - member.size:
-                    warnings.warn(f"{path} holds over 4 GB, which stay in memory; unpack it instead", stacklevel=2)
-                yield member.name, file.read()
-    except (tarfile.TarError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is no tar, or a damaged one ({one_line(error)})") from None
 
 
 # --- preparing them --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from blsam.data import imagenet
+from blsam.data import archives, imagenet
 from blsam.data.imagenet import (
     EvaluationImages,
     LabelledImages,
@@ -119,7 +119,7 @@ def test_what_is_no_data_set(tmp_path):
 
 
 def test_much_in_memory_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(imagenet, "MUCH", 1000)
+    monkeypatch.setattr(archives, "MUCH", 1000)
     with pytest.warns(UserWarning, match="over 4 GB") as said:
         open_images(split_tar(tmp_path / "b.tar.xz", "w:xz"), "train")
     assert len(said) == 1
