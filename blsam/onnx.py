@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 
+from .resizing import resize
+
 MEAN, STD = np.array([123.675, 116.28, 103.53], np.float32), np.array([58.395, 57.12, 57.375], np.float32)
-BITS = 22  # of the weights that Pillow resizes with
 
 
 class SamPredictor:
@@ -40,23 +42,15 @@ class SamPredictor:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        for path in (encoder, decoder):
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"no exported model at {path}; blsam export makes one")
-        try:
-            self.encoder, self.decoder = (
-                onnxruntime.InferenceSession(str(path), options, list(providers)) for path in (encoder, decoder)
-            )
-        except Exception as error:  # onnxruntime's exceptions have no common base
-            raise ValueError(f"not an exported model: {str(error).splitlines()[0]}") from None
-        image, low = self.encoder.get_inputs()[0], self.decoder.get_inputs()
-        wanted = {one.name: one.shape for one in low}.get("image_embeddings")
-        if image.name != "x" or wanted is None:
-            raise ValueError(f"{encoder} and {decoder} must be an encoder and a decoder of blsam export --for blsam")
-        if self.encoder.get_outputs()[0].shape[1:] != wanted[1:]:
-            raise ValueError(f"{encoder} and {decoder} are of different models: their embeddings differ")
-        self.size: int = image.shape[2]
-        self.mask_shape: tuple[int, ...] = tuple({one.name: one.shape for one in low}["mask_input"])
+        self.encoder = load(encoder, "encoder", options, providers)
+        self.decoder = load(decoder, "decoder", options, providers)
+        facts, others = (one.get_modelmeta().custom_metadata_map for one in (self.encoder, self.decoder))
+        for fact in ("model", "image_size", "checkpoint_sha256"):
+            if facts.get(fact) != others.get(fact):
+                was = f"{facts.get(fact)} and {others.get(fact)}"
+                raise ValueError(f"{encoder} and {decoder} do not belong together: their {fact} is {was}")
+        self.size: int = self.encoder.get_inputs()[0].shape[2]
+        self.mask_shape = tuple({one.name: one.shape for one in self.decoder.get_inputs()}["mask_input"])
         self.reset_image()
 
     def reset_image(self) -> None:
@@ -103,13 +97,15 @@ class SamPredictor:
         Points [N, 2] and box [4] in pixels of the photo, labels [N] 1 or 0, mask_input [1, h, w] of an earlier call.
         """
         features = self.get_image_embedding()
-        points = np.zeros((0, 2)) if point_coords is None else np.asarray(point_coords, float).reshape(-1, 2)
-        labels = np.zeros(0) if point_labels is None else np.asarray(point_labels, float).reshape(-1)
-        if len(points) != len(labels):
-            raise ValueError(f"point_coords and point_labels go together: {len(points)} and {len(labels)}")
-        corners = np.zeros((1, 2)) if box is None else np.asarray(box, float).reshape(2, 2)
-        points = np.concatenate([points, corners])
-        labels = np.concatenate([labels, [-1.0] if box is None else [2.0, 3.0]])
+        points = np.zeros((0, 2)) if point_coords is None else np.asarray(point_coords, float)
+        labels = np.zeros(0) if point_labels is None else np.asarray(point_labels, float)
+        if points.ndim != 2 or points.shape[1] != 2 or labels.shape != points.shape[:1]:
+            raise ValueError(f"points are [N, 2] with N labels, got {list(points.shape)} and {list(labels.shape)}")
+        if box is not None:
+            points = np.concatenate([points, np.asarray(box, float).reshape(2, 2)])
+            labels = np.concatenate([labels, [2.0, 3.0]])
+        elif len(points):  # as SAM does where there is no box: a point that is none
+            points, labels = np.pad(points, ((0, 1), (0, 0))), np.append(labels, -1.0)
         if not (np.isfinite(points).all() and np.isfinite(labels).all()):
             raise ValueError("points, labels and box must be finite numbers")
         mask = np.zeros(self.mask_shape) if mask_input is None else np.asarray(mask_input)[None]
@@ -134,26 +130,15 @@ class SamPredictor:
         return masks if return_logits else masks > 0, scores, logits
 
 
-def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, C] -> [height, width, C], the same pixels as Pillow's bilinear filter: whole weights, rounded twice."""
-    for axis, length in ((1, width), (0, height)):  # columns first, as Pillow
-        if image.shape[axis] != length:
-            image = _resize_along(image, axis, length)
-    return image
-
-
-def _resize_along(image: np.ndarray, axis: int, length: int) -> np.ndarray:
-    old = image.shape[axis]
-    scale = old / length
-    reach = max(scale, 1.0)  # half the width of the triangle
-    centre = (np.arange(length) + 0.5) * scale
-    first = np.maximum((centre - reach + 0.5).astype(int), 0)
-    last = np.minimum((centre + reach + 0.5).astype(int), old)  # not inside
-    places = first[:, None] + np.arange((last - first).max())  # [length, taps]
-    weights = np.maximum(0, 1 - np.abs((places - centre[:, None] + 0.5) / reach)) * (places < last[:, None])
-    whole = np.floor(weights / weights.sum(1, keepdims=True) * 2**BITS + 0.5).astype(np.int32)
-    lines = np.moveaxis(image, axis, 0)
-    total = np.full((length, *lines.shape[1:]), 1 << (BITS - 1), np.int32)
-    for tap in range(places.shape[1]):
-        total += lines[np.minimum(places[:, tap], old - 1)] * whole[:, tap].reshape(-1, *[1] * (lines.ndim - 1))
-    return np.moveaxis(np.clip(total >> BITS, 0, 255).astype(np.uint8), 0, axis)
+def load(path: str | Path, part: str, options: onnxruntime.SessionOptions, providers: Sequence[str]) -> Any:
+    """An exported encoder or decoder, made for this predictor; FileNotFoundError or ValueError in one line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no exported model at {path}; blsam export makes one")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, list(providers))
+    except Exception as error:  # onnxruntime's exceptions have no common base
+        raise ValueError(f"{path} cannot be run: {str(error).strip().partition(chr(10))[0]}") from None
+    facts = session.get_modelmeta().custom_metadata_map
+    if (facts.get("for"), facts.get("part")) != ("blsam", part):
+        raise ValueError(f"{path} is not the {part} of blsam export --for blsam, as this predictor needs it")
+    return session

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "blsam_vit_t"
 ROUTED = tuple(name for name, config in CONFIGS.items() if config.routed)
+MOST_PIXELS = 8192  # along a side of a model's input
 PICTURES = (".png", ".jpg", ".jpeg")
 PACKAGE = Path(__file__).resolve().parent
 WEIGHTS = (PACKAGE / "weights", PACKAGE.parent / "checkpoints")  # of an installed package, of the repository
@@ -113,8 +114,8 @@ def parse_ratios(text: str) -> tuple[float, ...]:
 
 def parse_image_size(text: str) -> int:
     """The side of a model's input in pixels."""
-    if not text.isdecimal() or int(text) < 16 or int(text) % 16:
-        raise argparse.ArgumentTypeError(f"an image size is a multiple of 16, got {text!r}")
+    if not text.isdecimal() or not 16 <= int(text) <= MOST_PIXELS or int(text) % 16:
+        raise argparse.ArgumentTypeError(f"an image size is a multiple of 16 up to {MOST_PIXELS}, got {text!r}")
     return int(text)
 
 

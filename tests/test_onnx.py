@@ -6,24 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from blsam import SamPredictor
 from blsam.build_sam import build_sam
 from blsam.export import write
 from blsam.export.tools import TOOLS
 from blsam.onnx import SamPredictor as OnnxPredictor
-from blsam.onnx import resize
 from tests.helpers import TINY, TINY_EXACT, gap, randomize
 from tests.photos import PHOTOS
-
-
-@pytest.mark.parametrize("size", [(512, 512), (341, 512), (700, 1000), (16, 1), (5, 700), (37, 61)])
-@pytest.mark.parametrize("shape", [(37, 61), (400, 600), (1501, 100), (1, 1)])
-def test_photos_are_resized_as_pillow_does(shape, size):
-    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    assert np.array_equal(resize(image, *size), expected)
 
 
 def test_it_needs_no_torch():
@@ -42,8 +32,8 @@ def predictors(request, tmp_path_factory):
     randomize(sam.image_encoder)
     folder = tmp_path_factory.mktemp("exported")
     paths = folder / "encoder.onnx", folder / "decoder.onnx"
-    write.encoder_onnx(sam.image_encoder, TOOLS["blsam"], paths[0], {})
-    write.decoder_onnx(sam, TOOLS["blsam"], paths[1], {})
+    write.encoder_onnx(sam.image_encoder, TOOLS["blsam"], paths[0], {"for": "blsam", "part": "encoder"})
+    write.decoder_onnx(sam, TOOLS["blsam"], paths[1], {"for": "blsam", "part": "decoder"})
     return SamPredictor(sam), OnnxPredictor(*paths), paths
 
 
@@ -66,6 +56,8 @@ def test_it_gives_what_ours_gives(predictors, photo):
             {"point_coords": points, "point_labels": labels, "mask_input": earlier},
             {"box": box},
             {"point_coords": points, "point_labels": labels, "box": box},
+            {"mask_input": earlier},
+            {},
         ):
             expected = ours.predict(**prompt, multimask_output=multimask)
             masks, scores, logits = found.predict(**prompt, multimask_output=multimask)
@@ -87,7 +79,7 @@ def test_what_it_refuses(predictors, tmp_path):
     found.set_image(PHOTOS["portrait"])
     side = found.mask_shape[-1]
     for prompt, message in (
-        ({"point_coords": np.array([[1, 2]])}, "go together"),
+        ({"point_coords": np.array([[1, 2]])}, r"got \[1, 2\] and \[0\]"),
         ({"box": np.array([0, 0, np.nan, 9])}, "finite"),
         ({"mask_input": np.zeros((1, 5, 5))}, rf"finite logits \[1, {side}, {side}\], is \[1, 5, 5\]"),
         ({"mask_input": np.full((1, side, side), np.inf)}, "finite logits"),
@@ -99,8 +91,16 @@ def test_what_it_refuses(predictors, tmp_path):
             found.set_image(image)
     with pytest.raises(FileNotFoundError, match="blsam export makes one"):
         OnnxPredictor(tmp_path / "no.onnx", paths[1])
-    with pytest.raises(ValueError, match="an encoder and a decoder"):
+    with pytest.raises(ValueError, match="decoder.onnx is not the encoder of blsam export --for blsam"):
         OnnxPredictor(paths[1], paths[0])
+    other, facts = tmp_path / "other.onnx", {"for": "blsam", "part": "decoder", "model": "another"}
+    write.decoder_onnx(build_sam(TINY, image_size=160), TOOLS["blsam"], other, facts)
+    with pytest.raises(ValueError, match="do not belong together: their model is None and another"):
+        OnnxPredictor(paths[0], other)
+    for tool in ("labelme", "cvat"):
+        write.decoder_onnx(build_sam(TINY, image_size=160), TOOLS[tool], other, {"for": tool, "part": "decoder"})
+        with pytest.raises(ValueError, match="is not the decoder"):
+            OnnxPredictor(paths[0], other)
     (tmp_path / "broken.onnx").write_bytes(b"no model")
-    with pytest.raises(ValueError, match="not an exported model"):
+    with pytest.raises(ValueError, match="broken.onnx cannot be run"):
         OnnxPredictor(tmp_path / "broken.onnx", paths[1])

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import SUFFIXES
 from ..config import CONFIGS, EncoderConfig
-from ..files import sha256, write_json
+from ..files import printable, sha256, write_json
 from ..options import UsageError, add_option, check_output
 
 if TYPE_CHECKING:
@@ -46,6 +46,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--info only looks: --model, --image-size and --half go with -o")
     if args.json is not None and not args.info:
         raise UsageError("--json goes with --info")
+    if not 0 <= args.seed < 2**63:
+        raise UsageError(f"--seed lies between 0 and 2**63 - 1, is {args.seed}")
     check_output("--output", args.output, taken=(args.file,), what="a checkpoint", suffixes=SUFFIXES)
     check_output("--json", args.json, taken=(args.file,), suffixes=(".json",))
 
@@ -59,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         if args.json is not None:
             write_json(args.json, info)
         return
-    convert(args, metadata, fits)
+    held = {value.dtype for value in state.values() if value.is_floating_point()}
+    convert(args, metadata, fits, held)
 
 
 @dataclass(frozen=True)
@@ -130,19 +133,20 @@ def as_text(path: Path, info: dict[str, Any]) -> str:
         f"fits    {', '.join(info['fits']) or 'no model as it is'}",
     ]
     for model, new in info["is_a_start_for"].items():
-        made = "blsam calibrate or train" if CONFIGS[model].routed else "blsam train"
-        lines.append(f"starts  {model}, then {made} ({new} new tensor{'s' if new > 1 else ''})")
+        lines.append(f"starts  {model}, then {makes(model)} ({new} new tensor{'s' if new > 1 else ''})")
     said = {key: value for key, value in info["metadata"].items() if key not in ("format", "calibration")}
     if said:
-        lines.append("says    " + ", ".join(f"{key} {value}" for key, value in said.items()))
+        lines.append("says    " + ", ".join(f"{printable(key)} {printable(value)}" for key, value in said.items()))
     report = info["metadata"].get("calibration")
-    if report:
-        lines += [f"calibrated on {report['photos']} photos:", table(report)]
+    try:
+        lines += [f"calibrated on {int(report['photos'])} photos:", table(report)]
+    except (TypeError, KeyError, IndexError, ValueError):  # none, or not one of ours
+        pass
     return "\n".join(lines)
 
 
-def convert(args: argparse.Namespace, metadata: dict[str, str], fits: list[Fit]) -> None:
-    """Build the model, at its own image size or another, and save it."""
+def convert(args: argparse.Namespace, metadata: dict[str, str], fits: list[Fit], held: set[torch.dtype]) -> None:
+    """Build the model, at its own image size or another, and save it; what is `held` in half precision stays in it."""
     import torch
 
     from ..build_sam import build_sam
@@ -152,15 +156,23 @@ def convert(args: argparse.Namespace, metadata: dict[str, str], fits: list[Fit])
     config: EncoderConfig = CONFIGS[fit.model]
     torch.manual_seed(args.seed)  # of what is new
     sam = build_sam(config, args.file, image_size=args.image_size)
-    kept = metadata if metadata.get("model") == config.name else {}
-    facts = kept | {"model": config.name, "image_size": str(sam.image_encoder.img_size)}
-    save(args.output, sam.state_dict(), facts, torch.float16 if args.half else None)
+    facts = metadata if metadata.get("model") == config.name else {}
+    if facts.get("image_size") != str(sam.image_encoder.img_size):  # measured at another size
+        facts = {key: value for key, value in facts.items() if key != "calibration"}
+    facts = facts | {"model": config.name, "image_size": str(sam.image_encoder.img_size)}
+    save(args.output, sam.state_dict(), facts, torch.float16 if args.half or held == {torch.float16} else None)
     megabytes = args.output.stat().st_size / 1e6
     line = f"{args.output}: {fit.model} at {sam.image_encoder.img_size}, {megabytes:.1f} MB"
     if fit.new:
-        made = "blsam calibrate or train" if config.routed else "blsam train"
-        line += f"; a start, with {fit.new} new tensor{'s' if fit.new > 1 else ''}: {made} makes it of use"
+        line += (
+            f"; a start, with {fit.new} new tensor{'s' if fit.new > 1 else ''}: {makes(config.name)} makes it of use"
+        )
     print(line)
+
+
+def makes(model: str) -> str:
+    """The commands that make a model out of a start."""
+    return "blsam calibrate or train" if CONFIGS[model].routed else "blsam train"
 
 
 def chosen(model: str | None, fits: list[Fit]) -> Fit:

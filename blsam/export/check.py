@@ -6,7 +6,7 @@ bit may decide otherwise. Values: torch is given the file's own choice, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,8 +101,7 @@ def check_decoder(sam: Sam, tool: Tool, run: Runner) -> Found:
                 given = inputs_of(predictor, tool, coords, labels, box, mask)
                 outputs = dict(zip(decoder_outputs(tool), run(given)))
                 found.append(compared(predictor, tool, outputs, given, (coords, labels, box, mask)))
-    shares = [one.same for one in found if one.same is not None]
-    return Found(max(one.difference for one in found), min(shares))
+    return Found(worst(one.difference for one in found), min(one.same or 0.0 for one in found))
 
 
 def prompts(size: tuple[int, int]) -> list[tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]]:
@@ -157,8 +156,10 @@ def compared(
         side = mask.shape[-2:]
         back = torch.nn.functional.interpolate(torch.from_numpy(given["mask_input"]), side, mode="bilinear")
         mask = back[0].numpy()
-    of_one = predictor.predict(coords, labels, box, mask, multimask_output=False)
-    of_three = predictor.predict(coords, labels, box, mask, multimask_output=True)
+    of_one, of_three = (
+        predictor.predict(coords, labels, box, mask, multimask_output=three, return_logits=True)
+        for three in (False, True)
+    )
     masks, scores, logits = (
         np.concatenate(pair) for pair in zip(of_one, of_three)
     )  # SAM's four, the single one first
@@ -172,11 +173,18 @@ def compared(
         whole = np.zeros(predictor.original_size, bool)
         whole[y1 : y2 + 1, x1 : x2 + 1] = exported[0]
         exported = whole[None]
-    difference = max(
+    differences = [
         gap(torch.from_numpy(outputs["low_res_masks"][0]), torch.from_numpy(logits)),
         float(np.abs(outputs["iou_predictions"][0] - scores).max()),
-    )
-    return Found(difference, float((exported == masks).mean()))
+    ]
+    if not tool.cut:  # in the photo's size
+        differences.append(gap(torch.from_numpy(outputs["masks"][0]), torch.from_numpy(masks)))
+    return Found(worst(differences), float((exported == (masks > predictor.model.mask_threshold)).mean()))
+
+
+def worst(differences: Iterable[float]) -> float:
+    """The largest, and NaN if one is: Python's own max may drop it."""
+    return float(np.max(list(differences)))
 
 
 def gap(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -50,8 +50,9 @@ class DecoderGraph(SamOnnxModel):
     photos of other shapes are wrong. `has_mask_input` above 0 means that there is one (labelme says -1).
     """
 
-    def __init__(self, sam: Sam, tool: Tool) -> None:
-        super().__init__(sam, return_single_mask=tool.single)
+    def __init__(self, sam: Sam, tool: Tool, stability_score: bool = False, metrics: bool = False) -> None:
+        """stability_score, metrics: SAM's `use_stability_score` and `return_extra_metrics`."""
+        super().__init__(sam, tool.single, stability_score, metrics)
         self.tool = tool
         self.scale = 1.0 if tool.frame is None else self.img_size / tool.frame
         self.own_side = sam.prompt_encoder.mask_input_size[0]
@@ -60,7 +61,7 @@ class DecoderGraph(SamOnnxModel):
     def mask_postprocessing(self, masks: torch.Tensor, orig_im_size: torch.Tensor) -> torch.Tensor:
         side = (self.img_size, self.img_size)
         masks = F.interpolate(masks, side, mode="bilinear", align_corners=False)
-        inside = self.resize_longest_image_size(orig_im_size, self.img_size)
+        inside = self.resize_longest_image_size(orig_im_size, self.img_size).clamp(min=1)
         masks = masks[..., : inside[0], : inside[1]]  # tensors, so that the graph computes them
         size: Any = orig_im_size.to(torch.int64).unbind()
         return F.interpolate(masks, size, mode="bilinear", align_corners=False)
@@ -82,7 +83,7 @@ class DecoderGraph(SamOnnxModel):
         """
         if self.mask_side != self.own_side:
             mask_input = F.interpolate(mask_input, (self.own_side,) * 2, mode="bilinear", align_corners=False)
-        masks, scores, logits = super().forward(
+        masks, *rest = super().forward(
             image_embeddings,
             point_coords * self.scale,
             point_labels,
@@ -90,11 +91,7 @@ class DecoderGraph(SamOnnxModel):
             (has_mask_input > 0).to(mask_input.dtype),
             orig_im_size,
         )
-        return (
-            (*cut_out(masks > self.model.mask_threshold, scores, logits),)
-            if self.tool.cut
-            else (masks, scores, logits)
-        )
+        return cut_out(masks > self.model.mask_threshold, *rest) if self.tool.cut else (masks, *rest)
 
     def example(self) -> dict[str, torch.Tensor]:
         """Inputs to trace with."""

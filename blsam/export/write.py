@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,47 @@ def encoder_onnx(encoder: ImageEncoder, tool: Tool, path: Path, facts: Mapping[s
 
 
 def with_photo(model: Any, size: int) -> Any:
-    """Put what resizes, normalises and pads a photo before an encoder."""
+    """Put what resizes, normalises and pads a photo before an encoder; joined here, since onnx's own way of joining checks
+    the whole model in memory, which fails beyond 2 GiB."""
     import onnx
 
-    before = onnx.parser.parse_model(photo_graph(size))
-    before.ir_version = model.ir_version
-    joined = onnx.compose.merge_models(before, model, io_map=[("prepared", "x")], prefix1="photo_")
-    joined.graph.input[0].name = "input_image"
-    for node in joined.graph.node:
-        node.input[:] = ["input_image" if name == "photo_input_image" else name for name in node.input]
-    for output in joined.graph.output:  # a photo is one image
+    before = onnx.parser.parse_model(photo_graph(size)).graph
+    for node in before.node:  # its names apart from the encoder's
+        for names in (node.input, node.output):
+            names[:] = [name and rename_photo(name) for name in names]
+    nodes = [*before.node, *model.graph.node]
+    del model.graph.node[:], model.graph.input[:]
+    model.graph.node.extend(nodes)
+    model.graph.input.extend(before.input)
+    for output in model.graph.output:  # a photo is one image
         output.type.tensor_type.shape.dim[0].dim_value = 1
-    return joined
+    return model
+
+
+def rename_photo(name: str) -> str:
+    """A value of what stands before an encoder, in the encoder's graph: its input, or a name of its own."""
+    return {"input_image": name, "prepared": "x"}.get(name, f"photo_{name}")
 
 
 @torch.no_grad()
 def decoder_onnx(sam: Sam, tool: Tool, path: Path, facts: Mapping[str, str]) -> None:
     """Write prompt encoder, mask decoder and postprocessing as ONNX, with SAM's six inputs."""
+    graph_onnx(DecoderGraph(sam, tool).eval(), decoder_outputs(tool), path, facts)
+
+
+@torch.no_grad()
+def graph_onnx(
+    graph: DecoderGraph, outputs: Sequence[str], path: Path, facts: Mapping[str, str], opset: int = OPSET
+) -> None:
+    """Write a decoder with `outputs` by name; the number of points is free."""
     import onnx
 
-    graph = DecoderGraph(sam, tool).eval()
     inputs, axes = graph.example(), {"point_coords": {1: "num_points"}, "point_labels": {1: "num_points"}}
     content: Any = io.BytesIO()
     with quiet():  # traced: the older exporter takes sizes that are values, which torch.export does not
         torch.onnx.export(
-            graph, tuple(inputs.values()), content, dynamo=False, opset_version=OPSET, do_constant_folding=True,
-            input_names=list(inputs), output_names=list(decoder_outputs(tool)), dynamic_axes=axes,
+            graph, tuple(inputs.values()), content, dynamo=False, opset_version=opset, do_constant_folding=True,
+            input_names=list(inputs), output_names=list(outputs), dynamic_axes=axes,
         )  # fmt: skip
     save(onnx.load_from_string(content.getvalue()), path, facts)
 
@@ -97,11 +112,14 @@ def save(model: Any, path: Path, facts: Mapping[str, str], large: bool = False) 
     onnx.checker.check_model(str(path))
 
 
-def to_openvino(onnx_path: Path, path: Path) -> Path:
+def to_openvino(onnx_path: Path, path: Path, facts: Mapping[str, str]) -> Path:
     """OpenVINO's form of an ONNX file, in float32: `path` (.xml) and the .bin beside it, in place of the ONNX file."""
     import openvino
 
-    openvino.save_model(openvino.convert_model(onnx_path), path, compress_to_fp16=False)
+    model = openvino.convert_model(onnx_path)
+    for key, value in facts.items():
+        model.set_rt_info(value, ["blsam", key])
+    openvino.save_model(model, path, compress_to_fp16=False)
     for file in files_of(onnx_path):
         file.unlink()
     return path

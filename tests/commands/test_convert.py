@@ -38,6 +38,16 @@ def test_info_shows_what_calibration_reported(tmp_path, capsys):
     assert "calibrated on 7 photos:" in out and "0.25          0.5000  0.7500" in out
 
 
+@pytest.mark.parametrize("report", ["x", {"photos": 3}, {"photos": 3, "by_keep_ratio": []}, [1]])
+def test_what_others_call_calibration(report, tmp_path, capsys):
+    from blsam.checkpoint import save
+
+    save(tmp_path / "m.safetensors", read(SHIPPED)[0], {"calibration": report, "note": "a\x1b[31m\nb"})
+    assert main(["convert", str(tmp_path / "m.safetensors"), "--info"]) == 0
+    out = capsys.readouterr().out
+    assert "says    note a?[31m b" in out and "calibrated on" not in out
+
+
 def test_a_start_for_a_routed_model(tmp_path, capsys):
     output = tmp_path / "start.safetensors"
     assert main(["convert", str(SHIPPED), "--model", "blsam_vit_t", "-o", str(output)]) == 0
@@ -54,10 +64,10 @@ def test_a_start_for_a_routed_model(tmp_path, capsys):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_the_same_weights_in_another_file(suffix, tmp_path):
     output = tmp_path / f"half{suffix}"
-    assert main(["convert", str(ROUTED), "--half", "-o", str(output)]) == 0
+    assert main(["convert", str(ROUTED), "-o", str(output)]) == 0  # which ships in half precision, and stays in it
     (state, _), (expected, _) = read(output), read(ROUTED)
     assert state.keys() == expected.keys()
-    assert all(torch.equal(state[key], expected[key]) for key in state)  # which ship in half precision
+    assert all(torch.equal(state[key], expected[key]) and state[key].dtype == expected[key].dtype for key in state)
     assert main(["convert", str(ROUTED), "--image-size", "256", "-o", str(tmp_path / "small.pth")]) == 0
     assert read(tmp_path / "small.pth")[0]["image_encoder.pos_embed"].shape == (1, 16, 16, 192)
 
@@ -80,6 +90,14 @@ def test_what_it_refuses(options, message, tmp_path, capsys, monkeypatch):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0], lines
     assert not list(tmp_path.iterdir())
+
+
+def test_half_precision(tmp_path):
+    save_as_float32 = {key: value.float() for key, value in read(SHIPPED)[0].items()}
+    torch.save(save_as_float32, tmp_path / "whole.pth")
+    for more, kind in (([], torch.float32), (["--half"], torch.float16)):
+        assert main(["convert", str(tmp_path / "whole.pth"), *more, "-o", str(tmp_path / "out.pth")]) == 0
+        assert {value.dtype for value in read(tmp_path / "out.pth")[0].values()} == {kind}
 
 
 def test_a_file_that_is_no_sam(tmp_path, capsys):

@@ -1,7 +1,11 @@
 """The command: what it refuses, and that a file which is not torch's is not left there."""
 
 import json
+import os
+import subprocess
+import sys
 
+import onnx
 import pytest
 
 from blsam.cli import main
@@ -63,3 +67,26 @@ def test_a_file_that_is_not_torch_s_is_not_left_there(tmp_path, capsys, monkeypa
     assert list((tmp_path / "out").iterdir()) == []
     found = capsys.readouterr()
     assert not found.out and "does not give what torch gives" in found.err and "nothing is written" in found.err
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "options, outputs",
+    [
+        (["--opset", "16"], ["masks", "iou_predictions", "low_res_masks"]),
+        (
+            ["--return-single-mask", "--use-stability-score", "--return-extra-metrics", "--gelu-approximate"],
+            ["masks", "iou_predictions", "stability_scores", "areas", "low_res_masks"],
+        ),
+    ],
+)
+def test_sam_s_command_line(options, outputs, tmp_path):
+    script, path = str(ROOT / "scripts" / "export_onnx_model.py"), tmp_path / "decoder.onnx"
+    command = [sys.executable, script, "--checkpoint", str(SHIPPED), "--model-type", "vit_t", "--output", str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    model = onnx.load(path)
+    assert [one.name for one in model.graph.output] == outputs
+    assert model.opset_import[0].version == (16 if "--opset" in options else 18)
+    assert [one.name for one in tmp_path.iterdir()] == ["decoder.onnx"]

@@ -80,6 +80,32 @@ def test_a_decoder_gives_what_torch_gives_and_another_does_not(name, tmp_path):
     assert not other.holds, other
 
 
+def test_values_that_are_no_numbers_do_not_hold(tmp_path):
+    sam, path = of(TINY, 160), tmp_path / "decoder.onnx"
+    write.decoder_onnx(sam, TOOLS["blsam"], path, {})
+    run = check.runner(path)
+    for place in range(3):
+
+        def broken(inputs, place=place):
+            outputs = run(inputs)
+            outputs[place] = np.full_like(outputs[place], np.nan)
+            return outputs
+
+        found = check.check_decoder(sam, TOOLS["blsam"], broken)
+        assert not found.holds, (place, found)
+
+
+def test_a_large_encoder_can_be_joined_with_what_prepares_photos(encoders, monkeypatch):
+    def too_large(model, *_, **__):
+        assert isinstance(model, str), "checked in memory, which fails beyond 2 GiB"
+
+    monkeypatch.setattr(onnx.checker, "check_model", too_large)
+    model = onnx.load(encoders[1]["blsam"])
+    joined = write.with_photo(model, 160)
+    assert [one.name for one in joined.graph.input] == ["input_image"]
+    assert {name for node in joined.graph.node for name in node.input} >= {"x", "input_image", "photo_pixels"}
+
+
 def test_openvino_gives_what_torch_gives(tmp_path):
     pytest.importorskip("openvino")
     # whole windows: OpenVINO 2026.4 is wrong on windows of 7 x 3 tokens, smaller than any real model's; at 160 it is 1.4
@@ -87,7 +113,7 @@ def test_openvino_gives_what_torch_gives(tmp_path):
     sam = of(TINY, 224)
     path = tmp_path / "tiny.encoder.onnx"
     write.encoder_onnx(sam.image_encoder, TOOLS["blsam"], path, {})
-    path = write.to_openvino(path, path.with_suffix(".xml"))
+    path = write.to_openvino(path, path.with_suffix(".xml"), {"model": "tiny"})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["tiny.encoder.bin", "tiny.encoder.xml"]
     assert sorted(write.files_of(path)) == sorted(tmp_path.iterdir())
     found = check.check_encoder(sam, TOOLS["blsam"], check.runner(path))
