@@ -61,6 +61,15 @@ def write_json(path: str | Path, content: Any, indent: int | None = 1) -> None:
     write_atomically(path, write)
 
 
+def differing_settings(path: Path, settings: dict[str, Any]) -> str:
+    """What a run's json of settings says otherwise than `settings`, in words; "" where nothing does, or there is none."""
+    if not path.is_file():
+        return ""
+    earlier = json.loads(path.read_text())
+    names = sorted(key for key in settings.keys() | earlier.keys() if settings.get(key) != earlier.get(key))
+    return ", ".join(f"{key} {earlier.get(key)} then, {settings.get(key)} now" for key in names)
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """Whether a file is there; of a name that no file can have, or in a folder that may not be looked into: no."""
     try:

@@ -26,11 +26,12 @@ from tqdm import tqdm
 from .data.archives import TARS, Source, content, members
 from .data.sa1b import hidden
 from .distributed import World
-from .files import printable, write_json
+from .files import differing_settings, printable, write_json
 from .images import SUFFIXES, decode_image, encode_image
 from .options import UsageError, one_line
+from .records import coco_json
 
-SETTINGS, MAKING = "blsam-settings.json", ".making-"
+SETTINGS, TABLE, MAKING = "blsam-settings.json", "metadata.csv", ".making-"
 COLUMNS = (
     *("id", "area", "bbox_x0", "bbox_y0", "bbox_w", "bbox_h", "point_input_x", "point_input_y"),
     *("predicted_iou", "stability_score", "crop_box_x0", "crop_box_y0", "crop_box_w", "crop_box_h"),
@@ -47,9 +48,9 @@ class Photo:
     source: Source
 
 
-def find_photos(paths: Iterable[Path]) -> list[Photo]:
+def find_photos(paths: Iterable[Path], form: str) -> list[Photo]:
     """The photos of files, of folders with what is below them, and of tars; FileNotFoundError or ValueError in one line
-    for a path that is missing or has none, and for two of one name."""
+    for a path that is missing or has none, and for two whose masks of this form would lie in one place."""
     found: list[Photo] = []
     for path in paths:
         photos = list(_photos_at(path))
@@ -64,6 +65,14 @@ def find_photos(paths: Iterable[Path]) -> list[Photo]:
                 f"{printable(other.file_name)} and {printable(photo.file_name)} have the same name without suffix, their "
                 "masks would overwrite each other; give them one at a time, with folders of their own"
             )
+    if form == "png":  # a.png beside a/b.png: the folder a would be that of both
+        for photo in found:
+            above = next((seen[str(one)] for one in PurePosixPath(photo.name).parents if str(one) in seen), None)
+            if above is not None:
+                raise UsageError(
+                    f"the masks of {printable(above.file_name)} and {printable(photo.file_name)} would lie in one folder; "
+                    "choose another --format"
+                )
     return found
 
 
@@ -117,12 +126,13 @@ def mask_photos(
     """
     world = world or World()
     if world.is_main:
-        check_settings(folder, settings)
+        if changes := differing_settings(folder / SETTINGS, settings):
+            raise UsageError(f"{folder} holds masks made with other settings ({changes}); choose another folder")
         write_json(folder / SETTINGS, settings)
         for torn in list(folder.rglob(f"{MAKING}*")):  # of a run that was killed
             shutil.rmtree(torn)
     world.barrier()
-    todo = [photo for photo in photos if not place(folder, photo, form).exists()]
+    todo = [photo for photo in photos if not is_done(folder, photo, form)]
     world.barrier()  # nobody writes while another still looks
     mine, masks, damaged = todo[world.rank :: world.size], 0, []
     for photo in tqdm(mine, unit="photo", disable=not world.is_main or not sys.stderr.isatty()):
@@ -146,23 +156,17 @@ def mask_photos(
     )
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """UsageError if a folder holds a run with other settings."""
-    path = folder / SETTINGS
-    if not path.is_file():
-        return
-    earlier = json.loads(path.read_text())
-    differing = sorted(key for key in settings.keys() | earlier.keys() if settings.get(key) != earlier.get(key))
-    if differing:
-        changes = ", ".join(f"{key} {earlier.get(key)} then, {settings.get(key)} now" for key in differing)
-        raise UsageError(f"{folder} holds masks made with other settings ({changes}); choose another folder")
-
-
 def place(folder: Path, photo: Photo, form: str) -> Path:
     """Where the masks of a photo are."""
     if form == "coco":
         folder = folder / "photos"
     return folder / (photo.name if form == "png" else f"{photo.name}.json")
+
+
+def is_done(folder: Path, photo: Photo, form: str) -> bool:
+    """Whether the masks of a photo are there; a folder may be one of other photos."""
+    path = place(folder, photo, form)
+    return (path / TABLE if form == "png" else path).is_file()
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
@@ -183,7 +187,7 @@ def write_photo(path: Path, size: tuple[int, int], records: Records, form: str) 
 
 def write_pictures(folder: Path, records: Records) -> None:
     """0.png, 1.png ... of 0 and 255, and metadata.csv, as SAM's script writes them."""
-    with (folder / "metadata.csv").open("w", newline="") as file:
+    with (folder / TABLE).open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
         for i, record in enumerate(records):
@@ -196,34 +200,18 @@ def write_pictures(folder: Path, records: Records) -> None:
 
 
 def as_coco(photos: Sequence[Photo], folder: Path) -> dict[str, Any]:
-    """What is there of the photos, in COCO's instance format: one category, "object", with scores."""
-    images: Records = []
-    annotations: Records = []
+    """What is there of the photos, as one file; those that could not be read are not in it."""
+    found = []
     for photo in photos:
         path = place(folder, photo, "coco")
-        if not path.is_file():  # damaged
-            continue
-        found = json.loads(path.read_text())
-        height, width = found["size"]
-        images.append({"id": len(images) + 1, "file_name": photo.file_name, "height": height, "width": width})
-        for record in found["masks"]:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": len(images),
-                    "category_id": 1,
-                    "segmentation": record["segmentation"],
-                    "bbox": record["bbox"],
-                    "area": record["area"],
-                    "iscrowd": 0,
-                    "score": record["predicted_iou"],
-                    "stability_score": record["stability_score"],
-                    "point": record["point_coords"][0],
-                }
-            )
-    return {
-        "info": {"description": "everything, by blsam; pixels of the photo as it is seen, turned as its EXIF says"},
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "object"}],
-    }
+        if path.is_file():
+            content = json.loads(path.read_text())
+            height, width = content["size"]
+            found.append((photo.file_name, (height, width), [generated(mask) for mask in content["masks"]]))
+    return coco_json(found)
+
+
+def generated(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of SAM's generator in COCO's words."""
+    kept = {name: record[name] for name in ("segmentation", "bbox", "area", "stability_score")}
+    return kept | {"score": record["predicted_iou"], "point": record["point_coords"][0]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,26 +23,26 @@ def mask_record(mask: np.ndarray, score: float) -> dict[str, Any]:
     }
 
 
-def coco_json(records: Sequence[dict[str, Any]], file_name: str, size: tuple[int, int]) -> dict[str, Any]:
-    """Records of one photo, size (H, W), as a file in COCO's instance format: one category, "object", with scores."""
-    annotations = []
-    for number, record in enumerate(records, 1):
-        x1, y1, x2, y2 = record["box"]
-        annotations.append(
-            {
-                "id": number,
-                "image_id": 1,
-                "category_id": 1,
-                "segmentation": record["segmentation"],
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "area": record["area"],
-                "iscrowd": 0,
-                "score": record["score"],
-            }
-        )
+def coco_annotation(record: dict[str, Any]) -> dict[str, Any]:
+    """A `mask_record` in COCO's words."""
+    x1, y1, x2, y2 = record["box"]
+    kept = {name: record[name] for name in ("segmentation", "area", "score")}
+    return kept | {"bbox": [x1, y1, x2 - x1, y2 - y1]}
+
+
+def coco_json(photos: Iterable[tuple[str, tuple[int, int], Sequence[dict[str, Any]]]]) -> dict[str, Any]:
+    """Photos, each with its file name, size (H, W) and annotations (segmentation, bbox x y w h, area, and what else there
+    is), as a file in COCO's instance format: one category, "object"."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for file_name, (height, width), found in photos:
+        images.append({"id": len(images) + 1, "file_name": file_name, "height": height, "width": width})
+        for one in found:
+            ids = {"id": len(annotations) + 1, "image_id": len(images), "category_id": 1, "iscrowd": 0}
+            annotations.append(ids | one)
     return {
         "info": {"description": "masks by blsam; pixels of the photo as it is seen, turned as its EXIF says"},
-        "images": [{"id": 1, "file_name": file_name, "height": size[0], "width": size[1]}],
+        "images": images,
         "annotations": annotations,
         "categories": [{"id": 1, "name": "object"}],
     }

@@ -57,23 +57,40 @@ def generate(image):
 
 def test_photos_of_folders_tars_and_files(folder, tmp_path):
     names = ["a", "b", "d", "deep/er/c"]
-    assert [one.name for one in find_photos([folder])] == names
-    assert [one.file_name for one in find_photos([folder])] == ["a.JPG", "b.png", "d.png", "deep/er/c.png"]
+    assert [one.name for one in find_photos([folder], "rle")] == names
+    assert [one.file_name for one in find_photos([folder], "rle")] == ["a.JPG", "b.png", "d.png", "deep/er/c.png"]
     for suffix, mode in ((".tar", "w"), (".tar.gz", "w:gz")):
         path = tmp_path / f"all{suffix}"
         with tarfile.open(path, mode) as tar:
             for file in sorted(folder.rglob("*")):
                 tar.add(file, file.relative_to(folder), recursive=False)
-        assert [one.name for one in find_photos([path])] == names
-    assert [one.name for one in find_photos([folder / "b.png"])] == ["b"]
+        assert [one.name for one in find_photos([path], "rle")] == names
+    assert [one.name for one in find_photos([folder / "b.png"], "rle")] == ["b"]
     with pytest.raises(FileNotFoundError, match="no photo, folder or tar at"):
-        find_photos([tmp_path / "nothing"])
+        find_photos([tmp_path / "nothing"], "rle")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no photo"):
-        find_photos([tmp_path / "empty"])
+        find_photos([tmp_path / "empty"], "rle")
     photo(1).save(folder / "b.jpg")
     with pytest.raises(UsageError, match="b.jpg and b.png have the same name"):
-        find_photos([folder])
+        find_photos([folder], "rle")
+
+
+def test_a_photo_beside_a_folder_of_its_name(folder, tmp_path):
+    photo(20).save(folder / "deep.png")
+    mask_photos(find_photos([folder], "rle"), generate, tmp_path / "rle", "rle", {})
+    assert (tmp_path / "rle" / "deep.json").is_file() and (tmp_path / "rle" / "deep" / "er" / "c.json").is_file()
+    with pytest.raises(
+        UsageError, match="deep.png and deep/er/c.png would lie in one folder; choose another --format"
+    ):
+        find_photos([folder], "png")
+
+
+def test_a_folder_of_masks_is_not_taken_for_a_photo_s(folder, tmp_path):
+    mask_photos(find_photos([folder], "png"), generate, tmp_path, "png", {})
+    photo(20).save(folder / "deep.png")
+    done = mask_photos(find_photos([folder / "a.JPG"], "png"), generate, tmp_path, "png", {})
+    assert (done.made, done.kept) == (0, 1)
 
 
 def test_a_tar_cannot_lead_out_of_the_folder(tmp_path):
@@ -84,7 +101,7 @@ def test_a_tar_cannot_lead_out_of_the_folder(tmp_path):
         member.size = len(data.getvalue())
         tar.addfile(member, io.BytesIO(data.getvalue()))
     with pytest.raises(ValueError, match="outside the folder"):
-        find_photos([path])
+        find_photos([path], "rle")
 
 
 def files(folder):
@@ -93,7 +110,7 @@ def files(folder):
 
 def test_one_coco_json(folder, tmp_path, capsys):
     output = tmp_path / "out"
-    done = mask_photos(find_photos([folder]), generate, output, "coco", {"model": "x"})
+    done = mask_photos(find_photos([folder], "rle"), generate, output, "coco", {"model": "x"})
     assert (done.made, done.kept, done.masks) == (3, 0, 2 + 1 + 3)
     assert len(done.damaged) == 1 and done.damaged[0].startswith("d.png: the photo is damaged")
     coco = COCO(str(output / "coco.json"))
@@ -102,15 +119,15 @@ def test_one_coco_json(folder, tmp_path, capsys):
         annotations = coco.imgToAnns[number]
         assert [int(coco.annToMask(one).sum()) for one in annotations] == [9 * (i + 1) for i in range(count)]
     before = files(output)
-    done = mask_photos(find_photos([folder]), generate, output, "coco", {"model": "x"})
+    done = mask_photos(find_photos([folder], "rle"), generate, output, "coco", {"model": "x"})
     assert (done.made, done.kept, done.masks) == (0, 3, 0) and files(output) == before
     with pytest.raises(UsageError, match="model x then, y now"):
-        mask_photos(find_photos([folder]), generate, output, "coco", {"model": "y"})
+        mask_photos(find_photos([folder], "rle"), generate, output, "coco", {"model": "y"})
 
 
 def test_sam_s_own_formats(folder, tmp_path):
     for form in ("rle", "png"):
-        mask_photos(find_photos([folder]), generate, tmp_path / form, form, {})
+        mask_photos(find_photos([folder], "rle"), generate, tmp_path / form, form, {})
     expected = generate(np.asarray(photo(60)))
     assert json.loads((tmp_path / "rle" / "deep" / "er" / "c.json").read_text()) == expected
     place = tmp_path / "png" / "deep" / "er" / "c"
@@ -125,7 +142,7 @@ def test_sam_s_own_formats(folder, tmp_path):
 
 @pytest.mark.parametrize("form", ["coco", "rle", "png"])
 def test_a_run_that_broke_off_goes_on(folder, tmp_path, form):
-    photos, whole, output = find_photos([folder]), tmp_path / "whole", tmp_path / "out"
+    photos, whole, output = find_photos([folder], form), tmp_path / "whole", tmp_path / "out"
     mask_photos(photos, generate, whole, form, {})
     calls = []
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import SUFFIXES
-from ..config import CONFIGS, EncoderConfig
+from ..config import CONFIGS
 from ..files import printable, sha256, write_json
 from ..options import UsageError, add_option, check_output
 
@@ -61,8 +61,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json is not None:
             write_json(args.json, info)
         return
-    held = {value.dtype for value in state.values() if value.is_floating_point()}
-    convert(args, metadata, fits, held)
+    convert(args, state, metadata, fits)
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,22 @@ def models_that_fit(state: dict[str, torch.Tensor], source: Path) -> list[Fit]:
     from ..build_sam import build_sam
     from ..checkpoint import CheckpointError, check_fits, image_size_of, load
 
-    found, refused = [], []
+    found, sizes, keys = [], [], []
     for config in CONFIGS.values():
         try:
             check_fits(state, config, str(source))
+        except CheckpointError as error:
+            sizes.append(error)
+            continue
+        try:
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch says that nothing is copied, which is meant
                 sam = build_sam(config, image_size=image_size_of(state))
                 found.append(Fit(config.name, len(load(sam, config, state, str(source)))))
         except CheckpointError as error:
-            refused.append(error)
-    if not found:  # the last word is on what is wrong with the keys, where width and depth are a model's
-        raise next((e for e in refused if "has width" not in str(e)), refused[0])
+            keys.append(error)
+    if not found:  # of a model's width and depth, what is wrong with the keys
+        raise (keys + sizes)[0]
     return sorted(found, key=lambda fit: fit.new > 0)
 
 
@@ -145,22 +148,26 @@ def as_text(path: Path, info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def convert(args: argparse.Namespace, metadata: dict[str, str], fits: list[Fit], held: set[torch.dtype]) -> None:
-    """Build the model, at its own image size or another, and save it; what is `held` in half precision stays in it."""
+def convert(
+    args: argparse.Namespace, state: dict[str, torch.Tensor], metadata: dict[str, str], fits: list[Fit]
+) -> None:
+    """Build the model, at its own image size or another, and save it; half precision stays what it is."""
     import torch
 
     from ..build_sam import build_sam
-    from ..checkpoint import save
+    from ..checkpoint import image_size_of, load, save
 
     fit = chosen(args.model, fits)
-    config: EncoderConfig = CONFIGS[fit.model]
+    config = CONFIGS[fit.model]
     torch.manual_seed(args.seed)  # of what is new
-    sam = build_sam(config, args.file, image_size=args.image_size)
+    sam = build_sam(config, image_size=args.image_size or image_size_of(state))
+    load(sam, config, state, str(args.file))
     facts = metadata if metadata.get("model") == config.name else {}
     if facts.get("image_size") != str(sam.image_encoder.img_size):  # measured at another size
         facts = {key: value for key, value in facts.items() if key != "calibration"}
     facts = facts | {"model": config.name, "image_size": str(sam.image_encoder.img_size)}
-    save(args.output, sam.state_dict(), facts, torch.float16 if args.half or held == {torch.float16} else None)
+    half = args.half or {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float16}
+    save(args.output, sam.state_dict(), facts, torch.float16 if half else None)
     megabytes = args.output.stat().st_size / 1e6
     line = f"{args.output}: {fit.model} at {sam.image_encoder.img_size}, {megabytes:.1f} MB"
     if fit.new:

@@ -4,7 +4,7 @@
     blsam export --model blsam_vit_b --checkpoint FILE --for anylabeling -o exported
     blsam export --format openvino -o exported
 
-A file whose values are not torch's, on three photos and prompts of every kind, is not left there: exit status 1.
+A file whose values are not torch's, on three photos with clicks, boxes and masks, is not left there: exit status 1.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..files import provenance, sha256
+from .. import __version__
+from ..files import sha256
 from ..options import (
     UsageError,
     add_model_options,
@@ -73,9 +74,9 @@ def run(args: argparse.Namespace) -> None:
     from ..automatic_mask_generator import SamAutomaticMaskGenerator
     from ..build_sam import sam_model_registry
     from ..distributed import processes
-    from ..mask_files import check_settings, find_photos, mask_photos
+    from ..mask_files import find_photos, mask_photos
 
-    photos = find_photos(args.photos)
+    photos = find_photos(args.photos, args.format)
     sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
     settings: dict[str, Any] = {
         "model": args.model,
@@ -86,9 +87,8 @@ def run(args: argparse.Namespace) -> None:
         "format": args.format,
         "upright": not args.no_exif,
         "options": options,
-        "blsam": provenance()["versions"]["blsam"],
+        "blsam": __version__,
     }
-    check_settings(args.output, settings)
     generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **options)
     with processes(args.device) as world:
         done = mask_photos(

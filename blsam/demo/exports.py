@@ -15,7 +15,7 @@ from pycocotools import mask as rle_tools
 
 from ..images import encode_image
 from ..modeling.routing import Routing
-from ..records import coco_json, mask_record
+from ..records import coco_annotation, coco_json, mask_record
 from ..visualize import OBJECT, draw_heat, draw_prime, to_photo
 
 FILL, EDGE = 140, 255  # opacity of a mask and of its edge, of 255
@@ -78,5 +78,5 @@ def cut_out(pixels: np.ndarray, mask: np.ndarray) -> bytes:
 
 def coco_file(found: Iterable[tuple[np.ndarray, float]], file_name: str, size: tuple[int, int]) -> bytes:
     """Masks bool [H, W] with their scores -> COCO's json, as bytes."""
-    records = [mask_record(mask, score) for mask, score in found]
-    return json.dumps(coco_json(records, file_name, size), indent=1).encode()
+    annotations = [coco_annotation(mask_record(mask, score)) for mask, score in found]
+    return json.dumps(coco_json([(file_name, size, annotations)]), indent=1).encode()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..data.annotations import Photo
 from ..distributed import Stopwatch, World
-from ..files import write_json
+from ..files import differing_settings, write_json
 
 Line = dict[str, Any]
 
@@ -93,13 +93,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _check_settings(folder: Path, settings: dict[str, Any], resume: bool) -> None:
-    path = folder / "settings.json"
-    if not resume or not path.is_file():
-        return
-    earlier = json.loads(path.read_text())
-    differing = sorted(key for key in settings.keys() | earlier.keys() if settings.get(key) != earlier.get(key))
-    if differing:
-        changes = ", ".join(f"{key} {earlier.get(key)} then, {settings.get(key)} now" for key in differing)
+    if resume and (changes := differing_settings(folder / "settings.json", settings)):
         raise ValueError(f"{folder} holds a run with other settings ({changes}); start anew without --resume")
 
 

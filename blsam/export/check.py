@@ -1,4 +1,4 @@
-"""Whether an exported file gives what torch gives: three photos, and prompts of every kind.
+"""Whether an exported file gives what torch gives: three photos, with clicks, boxes and masks.
 
 The routing is compared in two ways. Sets: how many of the tokens that torch chose the file chose too; a tie or a last
 bit may decide otherwise. Values: torch is given the file's own choice, and the embeddings must agree.
