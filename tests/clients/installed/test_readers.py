@@ -1,7 +1,8 @@
 """Files of `blsam export` in the tools that open them, with the tools' own code; what our predictor finds is the measure.
 
 The tools give a point that is none behind a box too, which `predict` does not: of boxes they differ a little, as with
-SAM's own files. AnyLabeling puts every photo into a frame of 684 x 1024, samexporter resizes to 1024, whatever the model's size.
+SAM's own files. AnyLabeling puts every photo into a frame of 684 x 1024, samexporter resizes to 1024, whatever the
+model's size.
 """
 
 import cv2
