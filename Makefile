@@ -21,6 +21,7 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m nbqa "mypy --config-file .ci/mypy-notebooks.ini" notebooks
 
 test: install
 	$(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow and not e2e and not clients"
