@@ -13,7 +13,8 @@ from .config import CONFIGS, OUT_CHANNELS, EncoderConfig
 from .modeling.image_encoder import ImageEncoder
 from .modeling.sam import Sam
 from .modeling.windows import PATCH
-from .precision import resolve_dtype
+from .runtimes.cache import default_folder
+from .runtimes.choice import resolve
 
 
 def build_sam(
@@ -24,6 +25,8 @@ def build_sam(
     keep_ratio: float = 0.25,
     dtype: str = "float32",
     device: torch.device | str | None = None,
+    runtime: str = "torch",
+    cache: bool = True,
 ) -> Sam:
     """A `Sam` in eval mode.
 
@@ -37,11 +40,16 @@ def build_sam(
             memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where the device has
             instructions for it). Input, embedding and decoder are float32 whatever it is.
         device: where the model is put; None: where torch makes new tensors, which is the CPU unless it is told otherwise.
+        runtime: what computes the encoder's passes, "torch", "openvino", "onnxruntime" (float32 alone), or "auto", the
+            fastest on this kind of processor that is installed. A model with a checkpoint is compiled here, which takes
+            up to minutes the first time. Training and gradients stay torch's.
+        cache: keep what was compiled in `runtimes.cache.default_folder()`, so that later starts take seconds.
 
-    Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
+    Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments,
+    ImportError for a runtime that is not installed.
     """
     device = torch.get_default_device() if device is None else device
-    compute = resolve_dtype(dtype, device)
+    runtime, compute = resolve(runtime, dtype, device)
     state = None
     if checkpoint is not None:
         state, _ = ckpt.read(checkpoint, config)
@@ -69,7 +77,14 @@ def build_sam(
     if state is not None:
         ckpt.load(sam, config, state, str(checkpoint))
     sam.image_encoder.use_dtype(compute)
-    return sam.eval().to(device)
+    sam = sam.eval().to(device)
+    if runtime != "torch":
+        from .runtimes.engine import Engine
+
+        sam.image_encoder.engine = Engine(runtime, default_folder() if cache else None)
+        if state is not None:
+            sam.image_encoder.engine.prepare(sam.image_encoder)
+    return sam
 
 
 Builder = Callable[..., Sam]
@@ -83,10 +98,13 @@ def _builder(name: str) -> Builder:
         keep_ratio: float = 0.25,
         dtype: str = "float32",
         device: torch.device | str | None = None,
+        runtime: str = "torch",
+        cache: bool = True,
     ) -> Sam:
         return build_sam(
-            CONFIGS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device
-        )
+            CONFIGS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device,
+            runtime=runtime, cache=cache,
+        )  # fmt: skip
 
     build.__name__ = build.__qualname__ = f"build_{name}" if name.startswith("blsam") else f"build_sam_{name}"
     build.__doc__ = f"`{name}`; arguments as `build_sam`."

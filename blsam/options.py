@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .config import CONFIGS
-from .precision import DTYPES, resolve_dtype
+from .precision import DTYPES
+from .runtimes.choice import RUNTIMES, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -139,6 +140,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "of the encoder; auto: bfloat16 where there is hardware for it",
     },
+    "--runtime": {
+        "choices": RUNTIMES,
+        "default": "auto",
+        "help": "what computes the encoder; auto: the fastest on this kind of processor that is installed",
+    },
+    "--no-cache": {"action": "store_true", "help": "do not keep what is compiled for another runtime"},
 }
 
 
@@ -155,12 +162,14 @@ def add_model_options(parser: Any) -> None:
 
 def builder_options(args: argparse.Namespace) -> dict[str, Any]:
     """What a builder takes of them."""
-    return {name: getattr(args, name) for name in ("image_size", "keep_ratio", "dtype", "device")}
+    found = {name: getattr(args, name) for name in ("image_size", "keep_ratio", "dtype", "device")}
+    return found | ({"runtime": args.runtime, "cache": not args.no_cache} if "runtime" in args else {})
 
 
-def dtype_name(args: argparse.Namespace) -> str:
-    """The --dtype asked for, "auto" decided for the --device."""
-    return str(resolve_dtype(args.dtype, args.device)).removeprefix("torch.")
+def computed_in(args: argparse.Namespace) -> dict[str, str]:
+    """The --runtime and the --dtype asked for, "auto" decided for this machine and the --device."""
+    runtime, dtype = resolve(getattr(args, "runtime", "torch"), args.dtype, args.device)
+    return {"runtime": runtime, "dtype": str(dtype).removeprefix("torch.")}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ import segment_anything
 
 from .automatic_mask_generator import SamAutomaticMaskGenerator
 from .build_sam import Builder, build_sam_vit_h, sam_model_registry
-from .precision import resolve_dtype
 from .predictor import SamPredictor
+from .runtimes.choice import resolve
 
 _replaced: list[tuple[dict[str, Any], str, Any]] = []  # where, the name, what was there
 
@@ -44,12 +44,13 @@ def install(*, routed: bool = False, **options: Any) -> Installed:
 
     Args:
         routed: under SAM's names ("vit_b") are the big.LITTLE models ("blsam_vit_b"), not the exact ones.
-        options: of the builders, for every model that is built: `dtype="auto"`, `keep_ratio`, `image_size`, `device`.
+        options: of the builders, for every model that is built: `dtype="auto"`, `keep_ratio`, `image_size`, `device`,
+            `runtime`.
 
     Once is enough; a second call replaces the first. TypeError or ValueError for options that no builder takes.
     """
     inspect.signature(build_sam_vit_h).bind_partial(**options)  # TypeError here, and not inside somebody's program
-    resolve_dtype(options.get("dtype", "float32"))
+    resolve(options.get("runtime", "torch"), options.get("dtype", "float32"), options.get("device") or "cpu")
     uninstall()
     builders: dict[str, Builder] = {}
     for name, builder in sam_model_registry.items():

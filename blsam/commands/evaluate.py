@@ -114,6 +114,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--predictor", choices=predictors, default="blsam", help="the latter passes no extents")
     add_option(group, "--dtype", default="float32")
     add_option(group, "--device")
+    add_option(group, "--runtime", default="torch", help="what computes the encoder; default torch")
+    add_option(group, "--no-cache")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

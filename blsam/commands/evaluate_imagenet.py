@@ -21,7 +21,7 @@ from ..baselines.base import Baseline
 from ..config import CLASSIFIERS
 from ..files import provenance, sha256, write_json
 from ..modeling.classifier import BLVisionTransformer
-from ..options import UsageError, add_option, check_output, dtype_name, parse_crop
+from ..options import UsageError, add_option, check_output, computed_in, parse_crop
 
 SPEED_BATCHES = (1, 64)
 COUNTED = 8  # images whose multiply-adds are counted
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
         crop_ratio=args.crop_ratio,
         keep_ratio=args.keep_ratio,
         baseline=args.baseline,
-        dtype=dtype_name(args),
+        dtype=computed_in(args)["dtype"],
         device=args.device,
     )
     model, images = measured.model, None
@@ -92,7 +92,7 @@ def measure(args: argparse.Namespace, world: Any) -> dict[str, Any]:
         "checkpoint_sha256": sha256(args.checkpoint) if args.checkpoint else None,
         "image_size": measured.size,
         "keep_ratio": kept(model),
-        "dtype": dtype_name(args),
+        "dtype": computed_in(args)["dtype"],
         "device": str(args.device),
     }
     if args.data:

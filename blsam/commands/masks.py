@@ -21,7 +21,7 @@ from ..options import (
     add_model_options,
     builder_options,
     check_folder,
-    dtype_name,
+    computed_in,
     find_checkpoint,
 )
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         "checkpoint_sha256": sha256(checkpoint),
         "image_size": sam.image_encoder.img_size,
         "keep_ratio": args.keep_ratio if sam.image_encoder.config.routed else None,
-        "dtype": dtype_name(args),
+        **computed_in(args),
         "format": args.format,
         "upright": not args.no_exif,
         "options": options,

@@ -7,6 +7,7 @@ import argparse
 from ..config import CONFIGS, OUT_CHANNELS, EncoderConfig
 from ..options import OPTIONS, shipped_checkpoint
 from ..precision import resolve_dtype
+from ..runtimes.choice import processor, resolve
 
 PROMPTS_AND_DECODER = 6_220 + 4_058_340  # parameters of SAM's prompt encoder and mask decoder
 
@@ -29,7 +30,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"{name:<12} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has}")
     auto = str(resolve_dtype("auto")).removeprefix("torch.")
     on_gpu = torch.cuda.is_available() and str(resolve_dtype("auto", "cuda")).removeprefix("torch.")
-    print(f"dtype auto on this processor: {auto}" + (f", on its GPU: {on_gpu}" if on_gpu else ""))
+    print(f"dtype auto on this processor ({processor()}): {auto}" + (f", on its GPU: {on_gpu}" if on_gpu else ""))
+    print("runtime auto: " + ", ".join(f"{resolve('auto', dtype)[0]} in {dtype}" for dtype in ("float32", "bfloat16")))
     print("GMACs of the encoder at 1024 x 1024: the dense model as segment_anything computes it, and ours")
 
 

@@ -15,7 +15,7 @@ import torch
 from ..build_sam import sam_model_registry
 from ..config import CONFIGS
 from ..files import sha256
-from ..options import UsageError, dtype_name, find_checkpoint, one_line
+from ..options import UsageError, builder_options, computed_in, find_checkpoint, one_line
 from ..predictor import SamPredictor
 
 
@@ -55,7 +55,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
         "sha256": sha256(checkpoint) if checkpoint else None,
         "image_size": encoder.img_size,
         "keep_ratio": encoder.keep_ratio if ours and CONFIGS[args.model].routed else None,
-        "dtype": dtype_name(args),
+        **computed_in(args),
         "predictor": args.predictor if ours else None,
         "device": predictor.model.device.type,
     }
@@ -68,8 +68,7 @@ def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
     checkpoint = None if args.random_weights else find_checkpoint(args.model, args.checkpoint)
     keep_ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
     build = sam_model_registry[args.model]
-    options = {"keep_ratio": keep_ratio, "dtype": args.dtype, "device": args.device}
-    sam = build(checkpoint, image_size=args.image_size, **options)
+    sam = build(checkpoint, **builder_options(args) | {"keep_ratio": keep_ratio})
     kind = SamPredictor if args.predictor == "blsam" else segment_anything.SamPredictor
     return kind(sam), checkpoint
 
@@ -77,8 +76,11 @@ def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
 def _of_others(args: argparse.Namespace) -> tuple[Any, Path | None]:
     """PACKAGE:NAME, where PACKAGE has SAM's `sam_model_registry` (or a builder called NAME) and `SamPredictor`."""
     package, name = args.model.split(":", 1)
-    if (args.keep_ratio, args.image_size, args.predictor, args.dtype) != (None, None, "blsam", "float32"):
-        raise UsageError("--keep-ratio, --image-size, --predictor and --dtype are for models of this project")
+    given = (args.keep_ratio, args.image_size, args.predictor, args.dtype, args.runtime)
+    if given != (None, None, "blsam", "float32", "torch"):
+        raise UsageError(
+            "--keep-ratio, --image-size, --predictor, --dtype and --runtime are for models of this project"
+        )
     try:
         module = importlib.import_module(package)
     except ImportError as error:

@@ -30,17 +30,27 @@ def true_sizes(x: torch.Tensor) -> torch.Tensor:
 
 class EncoderGraph(nn.Module):
     """x [B, 3, S, S], normalised and padded with zeros -> the embedding, and of a routed model which tokens were prime,
-    bool [B, stages, H, W]."""
+    bool [B, stages, H, W].
 
-    def __init__(self, encoder: ImageEncoder) -> None:
+    Told what of x is not padding, int64 [B, 2] pixels (h, w), it does not look for zeros, and gives the scores of all
+    tokens too, float32 [B, stages, H, W].
+    """
+
+    def __init__(self, encoder: ImageEncoder, keep_ratio: float | None = None) -> None:
+        """keep_ratio: a constant of the graph; None: the encoder's."""
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.keep_ratio = encoder, keep_ratio
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, extents: torch.Tensor | None = None) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if not self.encoder.config.routed:
             return self.encoder(x)
-        embedding, routing = self.encoder.encode(x, true_sizes=true_sizes(x))
-        return embedding, torch.stack([stage.mask for stage in routing.stages], dim=1)
+        sizes = true_sizes(x) if extents is None else extents
+        embedding, routing = self.encoder.encode(x, true_sizes=sizes, keep_ratio=self.keep_ratio)
+        prime = torch.stack([stage.mask for stage in routing.stages], dim=1)
+        if extents is None:
+            return embedding, prime
+        scores = [stage.scores for stage in routing.stages if stage.scores is not None]  # all have them
+        return embedding, prime, torch.stack(scores, dim=1)
 
 
 class DecoderGraph(SamOnnxModel):

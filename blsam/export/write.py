@@ -42,18 +42,30 @@ def encoder_onnx(encoder: ImageEncoder, tool: Tool, path: Path, facts: Mapping[s
     a routed model `prime`. Weights beyond 1.8 GB lie beside it, in a file of the same name with `.data` behind."""
     size = encoder.img_size
     names = ["image_embeddings", "prime"][: 2 if encoder.config.routed else 1]
-    batch = torch.export.Dim("batch", min=1, max=64)
     x = torch.randn(2, 3, size, size)  # of two: torch.export makes a constant of one
-    with quiet():
-        program = torch.onnx.export(
-            EncoderGraph(encoder), (x,), dynamo=True, input_names=["x"], output_names=names, opset_version=OPSET,
-            dynamic_shapes={"x": {0: batch}}, verbose=False,
-        )  # fmt: skip
-    assert program is not None  # it is where no file is named
-    model = program.model_proto
+    batch = torch.export.Dim("batch", min=1, max=64)
+    model = exported(EncoderGraph(encoder), {"x": x}, names, {"x": {0: batch}})
     if tool.photo:
         model = with_photo(model, size)
-    save(model, path, facts, large=sum(p.nbytes for p in encoder.parameters()) > MOST_BYTES)
+    save(model, path, facts, is_large(encoder))
+
+
+def exported(
+    graph: torch.nn.Module, inputs: Mapping[str, torch.Tensor], outputs: Sequence[str], shapes: Any = None
+) -> Any:
+    """A module as a model of ONNX, by torch.export."""
+    with quiet():
+        program = torch.onnx.export(
+            graph, tuple(inputs.values()), dynamo=True, input_names=list(inputs), output_names=list(outputs),
+            opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+        )  # fmt: skip
+    assert program is not None  # it is where no file is named
+    return program.model_proto
+
+
+def is_large(module: torch.nn.Module) -> bool:
+    """Whether the weights are too many for one file."""
+    return sum(p.nbytes for p in module.parameters()) > MOST_BYTES
 
 
 def with_photo(model: Any, size: int) -> Any:
@@ -116,7 +128,7 @@ def to_openvino(onnx_path: Path, path: Path, facts: Mapping[str, str]) -> Path:
     """OpenVINO's form of an ONNX file, in float32: `path` (.xml) and the .bin beside it, in place of the ONNX file."""
     import openvino
 
-    model = openvino.convert_model(onnx_path)
+    model = openvino.Core().read_model(onnx_path)  # openvino's convert_model calls home
     for key, value in facts.items():
         model.set_rt_info(value, ["blsam", key])
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -118,7 +118,7 @@ class Fusion(nn.Module):
         prime: Queries | None,
     ) -> torch.Tensor:
         """Fusion number i of the layer: x [N, C], dE of all tokens [N, C] or None, dP [P, C], s of all -> [N, C]."""
-        new = take(rows, prime) + (1 + self.alpha[i] * take(scores.view(-1, 1), prime)) * d_p
+        new = take(rows, prime) + (1 + self.alpha[i] * take(scores.reshape(-1, 1), prime)) * d_p
         if d_e is not None and self.gamma is not None:
             new = new + self.gamma[i] * take(d_e, prime)
         new = new.to(rows.dtype)  # scores are float32 whatever the tokens are

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
@@ -19,6 +19,9 @@ from .product import FORMS
 from .routing import ImportancePredictor, Routing, Stage, TrueSizes, route, route_supplied
 from .staged import Staged, checked_ratio, checked_scorer
 from .windows import PATCH, exporting, real_tokens, unpadded_sizes
+
+if TYPE_CHECKING:
+    from ..runtimes.engine import Engine
 
 # The names of parameters that SAM's encoder does not have, by what adds them; all others keep SAM's.
 ADDED = {"routing": r"(blocks\.\d+\.(e_block|fusion)|predictors)\.", "grow": r"neck\.grow\."}
@@ -70,8 +73,10 @@ class ImageEncoder(Staged, ImageEncoderViT):
 
     Attributes: `config`; `img_size`, the side S in pixels; `keep_ratio`, the share of tokens that run through the wide
     blocks when a call does not say otherwise (1 or more: all, which is exactly SAM for SAM's weights; others than above
-    0 are a ValueError).
+    0 are a ValueError); `engine`, a `runtimes.engine.Engine` that computes passes in its stead, None: torch does.
     """
+
+    engine: Engine | None = None
 
     def __init__(self, config: EncoderConfig, img_size: int = 1024, keep_ratio: float = 0.25) -> None:
         nn.Module.__init__(self)  # SAM's own would make its layers
@@ -132,12 +137,14 @@ class ImageEncoder(Staged, ImageEncoderViT):
         """
         self._check(x, true_sizes, routing)
         keep_ratio = self.keep_ratio if keep_ratio is None else checked_ratio(keep_ratio)
+        graph = exporting() or torch.compiler.is_compiling() or x.is_meta  # without values to look at
         if true_sizes is None:
-            graph = exporting() or torch.compiler.is_compiling() or x.is_meta  # without values to look at
             true_sizes = unpadded_sizes(x) if self.predictors and keep_ratio < 1 and not graph else None
-        elif not isinstance(true_sizes, torch.Tensor | None):
+        elif not isinstance(true_sizes, torch.Tensor):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 
+        if self.engine is not None and not (graph or self.training or routing is not None or x.requires_grad):
+            return self.engine.encode(self, x, true_sizes, keep_ratio)
         tokens, found = self.run(x, keep_ratio, true_sizes, routing)
         return self.compared(tokens), found
 

@@ -5,11 +5,13 @@
     python -m scripts.benchmarks.benchmark --models blsam_vit_b --keep-ratios 0.1,0.25,0.5,1 --dtypes bfloat16
     python -m scripts.benchmarks.benchmark --models vit_b --profile                            # where the time goes
     python -m scripts.benchmarks.benchmark --models vit_h,blsam_vit_h --device cuda --batch-sizes 1,4
+    python -m scripts.benchmarks.benchmark --models segment_anything:vit_b,vit_b,blsam_vit_b --runtimes torch,openvino
 
 Every row is a process of its own that holds one model; rows of one image and batch size take turns, one forward pass
 each, so that a noisy hour falls on all of them. Weights are random but the same (--checkpoint gives real ones); the
 input is a fixed noise image, or a photo's extents with --true-sizes. The first row is what the others are compared
-with. `floor` is the time of the model's matrix products alone, on this machine, in the same dtype.
+with; `segment_anything` in another runtime is its own graph there. `floor` is the time of the model's matrix products
+alone, on this machine, in the same dtype.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from blsam.config import CONFIGS
 from blsam.files import provenance
 from blsam.options import Parser, add_option, check_output, exit_status, parse_ratios
 from blsam.precision import DTYPES, resolve_dtype
+from blsam.runtimes.backends import BACKENDS
 from scripts.benchmarks import benchmark_row
 from scripts.benchmarks.benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
 
@@ -101,7 +105,7 @@ def statistics_of(seconds: list[float]) -> dict[str, Any]:
 
 def agreement(row: Row, embeddings: dict[Row, torch.Tensor]) -> dict[str, Any]:
     """Gap to the same weights elsewhere: exact models to the reference, half precision to float32."""
-    twin = replace(row, dtype="float32", compile=False)
+    twin = replace(row, dtype="float32", compile=False, runtime="torch")
     if not row.config.routed and not row.is_reference:
         reference = replace(twin, model=REFERENCE + row.model)
         twin = reference if reference in embeddings else twin
@@ -174,6 +178,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=7, help="timed passes of each row, after one that is not counted")
     add("--threads", type=int, default=torch.get_num_threads())
     add_option(parser, "--device", default="cpu")
+    add("--runtimes", type=lambda text: text.split(","), default=["torch"], help=", ".join(BACKENDS) + ", torch")
     add("--compile", action="store_true", help="torch.compile beside eager, for models of this package")
     add("--profile", action="store_true", help="share of the time by kind of operator")
     add("--floor", action="store_true", help="the time of the dense models' matrix products alone")
@@ -182,9 +187,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in args.models:
         if name not in names:
             parser.error(f"no model {name!r}: choose from {', '.join(names)}")
-    for dtype in args.dtypes:
-        if dtype not in DTYPES:
-            parser.error(f"no dtype {dtype!r}: choose from {', '.join(DTYPES)}")
+    for what, given, there in (("dtype", args.dtypes, DTYPES), ("runtime", args.runtimes, ("torch", *BACKENDS))):
+        for name in given:
+            if name not in there:
+                parser.error(f"no {what} {name!r}: choose from {', '.join(there)}")
     for extents in args.true_sizes:
         if extents is not None and (len(extents) != 2 or not all(1 <= n <= min(args.image_sizes) for n in extents)):
             parser.error("--true-sizes are H,W in pixels, within the image size")
@@ -200,12 +206,16 @@ def rows_of(args: argparse.Namespace, size: int, batch: int) -> list[Row]:
     for model in args.models:
         reference = model.startswith(REFERENCE)
         routed = CONFIGS[model.removeprefix(REFERENCE)].routed
-        for dtype in ["float32"] if reference else args.dtypes:
+        for runtime, dtype in product(args.runtimes, args.dtypes):
+            if dtype != "float32" and (runtime == "onnxruntime" or (reference and runtime == "torch")):
+                continue
             for keep in args.keep_ratios if routed else [None]:
                 for true_size in args.true_sizes if routed else [None]:
-                    for compiled in [False, True] if args.compile and not reference else [False]:
+                    for compiled in (
+                        [False, True] if args.compile and not reference and runtime == "torch" else [False]
+                    ):
                         checkpoint = str(args.checkpoint) if args.checkpoint else None
-                        where = (checkpoint, str(args.device), args.threads, compiled)
+                        where = (checkpoint, str(args.device), args.threads, compiled, runtime)
                         rows.append(Row(model, dtype, keep, size, batch, true_size and tuple(true_size), *where))
     return rows
 

@@ -7,6 +7,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -23,6 +24,8 @@ from blsam.config import CONFIGS, EncoderConfig
 from blsam.modeling.image_encoder import ImageEncoder
 from blsam.modeling.macs import encoder_macs, sam_macs
 from blsam.precision import resolve_dtype
+from blsam.runtimes.backends import BACKENDS
+from blsam.runtimes.engine import Engine
 
 REFERENCE = "segment_anything:"
 
@@ -41,6 +44,7 @@ class Row:
     device: str
     threads: int
     compile: bool
+    runtime: str = "torch"
 
     @property
     def config(self) -> EncoderConfig:
@@ -54,7 +58,8 @@ class Row:
     def name(self) -> str:
         keep = "" if self.keep_ratio is None else f" keep {self.keep_ratio:g}"
         extents = "" if self.true_size is None else f" {self.true_size[1]}x{self.true_size[0]}"
-        return f"{self.model}{keep}{extents} {self.dtype}" + (" compiled" if self.compile else "")
+        where = "" if self.runtime == "torch" else f" {self.runtime}"
+        return f"{self.model}{keep}{extents} {self.dtype}{where}" + (" compiled" if self.compile else "")
 
     @property
     def gmacs(self) -> float:
@@ -80,7 +85,21 @@ def build(row: Row) -> torch.nn.Module:
         encoder.load_state_dict(dense_weights(row.config, row.image_size), strict=not row.config.routed)
         encoder.use_dtype(resolve_dtype(row.dtype, row.device))
     encoder = encoder.eval().to(row.device)
+    if row.runtime != "torch" and row.is_reference:
+        return in_runtime(encoder, row)
+    if row.runtime != "torch":
+        encoder.engine = Engine(row.runtime, folder=None)
     return torch.compile(encoder) if row.compile else encoder
+
+
+def in_runtime(encoder: ImageEncoderViT, row: Row) -> Any:
+    """The reference's encoder as another runtime computes it: its own graph, with nothing of ours."""
+    backend, dtype = BACKENDS[row.runtime], getattr(torch, row.dtype)
+    inputs = (torch.randn(1, 3, row.image_size, row.image_size),)
+    with tempfile.TemporaryDirectory() as folder:
+        backend.make(encoder, inputs, dtype, backend.ways[0], Path(folder))
+        run = backend.read(Path(folder), dtype)
+    return lambda x: torch.cat([torch.from_numpy(run(one[None].numpy())[0].copy()) for one in x])
 
 
 def reference_encoder(config: EncoderConfig, size: int) -> ImageEncoderViT:
@@ -208,7 +227,7 @@ def _time_in(modules: Iterable[torch.nn.Module], run: Callable[[], Any]) -> floa
 
 def fits(row: Row) -> bool:
     """Whether the reference's attention maps of a global layer stay below half of the free memory."""
-    if not row.is_reference:
+    if not row.is_reference or row.runtime != "torch":
         return True
     tokens = (row.image_size // 16) ** 2
     maps = 2 * row.batch_size * row.config.heads * tokens**2 * 4  # logits and softmax

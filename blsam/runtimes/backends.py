@@ -1,0 +1,147 @@
+"""An encoder's pass in OpenVINO and in ONNX Runtime: made from torch into a folder, read from there, run.
+
+Passes take one image, x [1, 3, S, S] float32 and its extents int64 [1, 2], and give numpy arrays: the embedding, and of
+a routed encoder its prime tokens and scores (`export.graphs.EncoderGraph`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..export.write import exported, is_large, quiet, save
+
+Inputs = tuple[torch.Tensor, ...]
+Pass = Callable[..., list[np.ndarray]]
+Options = dict[str, str]
+OUTPUTS = ("image_embeddings", "prime", "scores")
+
+
+class Backend(Protocol):
+    """What a runtime is to the engine.
+
+    ways: options to compile with, the fastest first; where values are wrong, the next is tried. version: of the package,
+    since files are of one version. make: the files of a module in float32, for inputs of these shapes, in one of the ways,
+    for products in a dtype. read: the pass that they hold; any error of the runtime's if they are damaged.
+    """
+
+    ways: ClassVar[tuple[Options, ...]]
+
+    @staticmethod
+    def version() -> str: ...
+
+    @classmethod
+    def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None: ...
+
+    @classmethod
+    def read(cls, folder: Path, dtype: torch.dtype) -> Pass: ...
+
+
+class OpenVINO:
+    """The graph in float32; OpenVINO itself multiplies in bfloat16 where it is told to.
+
+    Its fused subgraphs ("snippets") are wrong for some shapes of windows in 2026.4, hence the second way.
+    """
+
+    ways: ClassVar[tuple[Options, ...]] = ({}, {"SNIPPETS_MODE": "DISABLE"})
+
+    @staticmethod
+    def version() -> str:
+        import openvino
+
+        return openvino.__version__
+
+    @classmethod
+    def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None:
+        import openvino
+
+        compiled = openvino.Core().compile_model(cls.model(graph, inputs), "CPU", cls.options(dtype, way))
+        # compiling takes seconds at every start, reading what was compiled a fraction of that
+        (folder / "encoder.blob").write_bytes(compiled.export_model().getbuffer())
+        (folder / "way.json").write_text(json.dumps(way))
+
+    @staticmethod
+    def model(graph: nn.Module, inputs: Inputs) -> Any:
+        """The module as OpenVINO's own; its `convert_model` does the same, many times slower, and calls home."""
+        from openvino.frontend import FrontEndManager
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        with torch.no_grad(), quiet():
+            decoder = TorchScriptPythonDecoder(torch.jit.trace(graph, inputs, check_trace=False, strict=False))
+            front = FrontEndManager().load_by_framework("pytorch")
+            model = front.convert(front.load(decoder))  # which does not hold the decoder
+        model.reshape({number: list(one.shape) for number, one in enumerate(inputs)})
+        return model
+
+    @classmethod
+    def read(cls, folder: Path, dtype: torch.dtype) -> Pass:
+        import openvino
+
+        way = json.loads((folder / "way.json").read_text())
+        # mapped, copied where it is written to: openvino wants an array that can be
+        mapped = np.memmap(folder / "encoder.blob", np.uint8, "c")
+        content = openvino.Tensor(mapped, shared_memory=True)
+        compiled = openvino.Core().import_model(content, "CPU", cls.options(dtype, way))
+
+        def run(*inputs: np.ndarray, weights: np.ndarray = mapped) -> list[np.ndarray]:  # which openvino does not hold
+            found = compiled(list(inputs[: len(compiled.inputs)]))
+            return [found[output] for output in compiled.outputs]
+
+        return run
+
+    @staticmethod
+    def options(dtype: torch.dtype, way: Options) -> dict[str, Any]:
+        return {
+            "INFERENCE_PRECISION_HINT": "bf16" if dtype == torch.bfloat16 else "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+            **way,
+        }
+
+
+class ONNXRuntime:
+    """In float32, which is all that its kernels for CPUs multiply in."""
+
+    ways: ClassVar[tuple[Options, ...]] = ({},)
+
+    @staticmethod
+    def version() -> str:
+        import onnxruntime
+
+        return onnxruntime.__version__
+
+    @classmethod
+    def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None:
+        cls.check(dtype)
+        names = OUTPUTS[: len(OUTPUTS) if len(inputs) > 1 else 1]
+        with torch.no_grad():
+            model = exported(graph, dict(zip(("x", "extents"), inputs)), names)
+        save(model, folder / "encoder.onnx", {}, is_large(graph))
+
+    @classmethod
+    def read(cls, folder: Path, dtype: torch.dtype) -> Pass:
+        import onnxruntime
+
+        cls.check(dtype)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it starves who shares the cores
+        session = onnxruntime.InferenceSession(folder / "encoder.onnx", options, providers=["CPUExecutionProvider"])
+        names = [one.name for one in session.get_inputs()]
+        return lambda *inputs: session.run(None, dict(zip(names, inputs)))
+
+    @staticmethod
+    def check(dtype: torch.dtype) -> None:
+        if dtype != torch.float32:
+            raise ValueError(
+                'onnxruntime multiplies in float32 on a CPU; cast the encoder back, or runtime="openvino"'
+            )
+
+
+BACKENDS: dict[str, type[Backend]] = {"openvino": OpenVINO, "onnxruntime": ONNXRuntime}

@@ -1,0 +1,68 @@
+"""The folder of compiled encoders: what is found again, and what goes."""
+
+import os
+
+import pytest
+
+from blsam.runtimes import cache
+
+
+def put(root, name, size=10, most=cache.MOST_BYTES, **facts):
+    return cache.store(root, name, facts, lambda folder: (folder / "file").write_bytes(bytes(size)), most)
+
+
+def test_what_was_stored_is_found(tmp_path):
+    assert cache.find(tmp_path, "a", {"x": 1}) is None
+    folder = put(tmp_path, "a", x=1)
+    assert cache.find(tmp_path, "a", {"x": 1}) == folder and (folder / "file").stat().st_size == 10
+    with pytest.raises(ValueError, match="of another model"):
+        cache.find(tmp_path, "a", {"x": 2})
+
+
+def test_those_used_longest_ago_go(tmp_path):
+    first, second = put(tmp_path, "first"), put(tmp_path, "second")
+    (tmp_path / "somebody-elses").mkdir()
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    cache.find(tmp_path, "first", {})  # used again
+    third = put(tmp_path, "third", most=20)
+    assert first.is_dir() and third.is_dir() and not second.exists()
+    fourth = put(tmp_path, "fourth", size=100, most=20)  # larger than what there is room for: it alone stays
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fourth.name, "somebody-elses"]
+
+
+def test_who_comes_second_takes_what_is_there(tmp_path):
+    def make(folder):
+        (folder / "file").write_text("ours")
+        put(tmp_path, "a")  # another process, meanwhile
+
+    folder = cache.store(tmp_path, "a", {}, make)
+    assert (folder / "file").stat().st_size == 10
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_nothing_is_left_of_what_failed(tmp_path):
+    def make(folder):
+        (folder / "file").write_text("half")
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        cache.store(tmp_path, "a", {}, make)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"BLSAM_CACHE": "/here"}, "/here"),
+        ({"XDG_CACHE_HOME": "/there"}, "/there/blsam"),
+        ({}, "/home/me/.cache/blsam"),
+    ],
+)
+def test_default_folder(variables, expected, monkeypatch):
+    for name in ("BLSAM_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/me")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(cache.default_folder()) == expected

@@ -1,0 +1,42 @@
+"""Names of runtimes to those that are meant."""
+
+import pytest
+import torch
+
+from blsam.runtimes import choice
+from blsam.runtimes.choice import FASTEST, RUNTIMES, resolve
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+def test_a_name_is_taken_as_it_is(runtime):
+    assert resolve(runtime, "float32") == (runtime, torch.float32)
+
+
+def test_onnxruntime_is_float32_alone():
+    assert resolve("onnxruntime", "auto") == ("onnxruntime", torch.float32)
+    with pytest.raises(ValueError, match="onnxruntime multiplies in float32"):
+        resolve("onnxruntime", "bfloat16")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), FASTEST)
+def test_auto_takes_the_fastest_that_is_installed(kind, dtype, monkeypatch):
+    monkeypatch.setattr(choice, "processor", lambda: kind)
+    assert resolve("auto", dtype) == (FASTEST[kind, dtype], getattr(torch, dtype))
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    assert resolve("auto", dtype)[0] == "torch"
+
+
+def test_auto_where_nothing_was_measured(monkeypatch):
+    monkeypatch.setattr(choice, "processor", lambda: "a processor of tomorrow")
+    assert resolve("auto", "float32")[0] == "torch"
+
+
+def test_what_does_not_go_together(monkeypatch):
+    with pytest.raises(ValueError, match=f"one of {', '.join(RUNTIMES)}"):
+        resolve("tensorrt", "float32")
+    with pytest.raises(ValueError, match="runs on the CPU, not on cuda"):
+        resolve("openvino", "float32", "cuda")
+    assert resolve("auto", "float32", "cuda")[0] == "torch"
+    monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"openvino not installed; pip install 'blsam\[openvino\]'"):
+        resolve("openvino", "float32")
