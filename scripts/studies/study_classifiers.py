@@ -125,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.table:
         for seed in args.seeds if name == "main" else args.seeds[:1]:
             for variant in TABLES[name].values():
+                if not variant.trained and seed != args.seeds[0]:  # one calibration
+                    continue
                 if not any((row["variant"], row["seed"]) == (key_of(variant), seed) for row in rows):
                     rows.append(one_run(args, variant, seed) | length)
                     write_text(args.results, "".join(json.dumps(row) + "\n" for row in rows))
