@@ -21,7 +21,7 @@ def main() -> None:
     add("--model-type", choices=("default", *OPTIONS["--model"]["choices"]), required=True)
     add_option(parser, "--checkpoint", required=True, help=None)
     add("--convert-to-rle", action="store_true", help="masks as COCO's run-lengths")
-    for name in ("--device", "--keep-ratio", "--image-size", "--dtype"):
+    for name in ("--device", "--keep-ratio", "--image-size", "--dtype", "--runtime", "--no-cache"):
         add_option(parser, name)
     add_settings(parser)
     args = parser.parse_args()

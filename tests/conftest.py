@@ -18,6 +18,16 @@ from tests.photos import coco_photos, write_coco, write_photos
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the machine
 
 
+@pytest.fixture(scope="session", autouse=True)
+def runtimes(tmp_path_factory):
+    """What is compiled is kept for these tests alone, and what asks for no runtime runs in torch on any machine; so do the
+    programs that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BLSAM_CACHE", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("BLSAM_RUNTIME", "torch")
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Sums are in one order, and threads of tiny products do not wait for each other."""

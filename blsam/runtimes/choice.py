@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..precision import has_bfloat16, resolve_dtype
+from ..precision import resolve_dtype
 
 if TYPE_CHECKING:  # options need the names alone, at once
     import torch
 
 RUNTIMES = ("torch", "openvino", "onnxruntime", "auto")
 
-# The fastest by kind of processor and dtype, from docs/speed.md; where nothing was measured, torch.
-FASTEST = {
-    ("avx512_bf16", "float32"): "openvino",
-    ("avx512_bf16", "bfloat16"): "openvino",
-}
+# The fastest by kind of processor and dtype, as measured (docs/runtimes.md); where nothing was measured, torch.
+FASTEST = {(kind, dtype): "openvino" for kind in ("amx", "avx512_bf16") for dtype in ("float32", "bfloat16")}
 
 
 def resolve(runtime: str, dtype: str, device: torch.device | str = "cpu") -> tuple[str, torch.dtype]:
     """A runtime and a dtype by name -> those that are meant on this machine.
 
-    "auto" takes the fastest that is installed. ValueError where both, or the device, do not go together, ImportError
-    where the runtime's package is missing.
+    "auto" is what the environment says in `BLSAM_RUNTIME`, else the fastest that is installed. ValueError where both, or
+    the device, do not go together, ImportError where the runtime's package is missing.
     """
     import torch
 
     if runtime not in RUNTIMES:
         raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, is {runtime!r}")
     device = torch.device(device)
+    if runtime == "auto" and device.type == "cpu" and (named := os.environ.get("BLSAM_RUNTIME", "auto")) != "auto":
+        return resolve(named, dtype, device)
     if runtime == "onnxruntime" and dtype == "auto":
         dtype = "float32"
     resolved = resolve_dtype(dtype, device)
@@ -57,12 +57,13 @@ EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
 
 
 def processor() -> str:
-    """The kind of this processor, by its instructions for matrices: "amx", "avx512_bf16", "avx512", or "other"."""
+    """The kind of this processor, by its instructions for products: "amx", "avx512_bf16", "avx512" or "other"."""
     import torch
 
-    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if found.get("amx_bf16"):
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and later
+        found = torch.cpu.get_capabilities()
+        names = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512_f"}
+        return next((kind for kind, name in names.items() if found.get(name)), "other")
+    if torch.cpu._is_amx_tile_supported():
         return "amx"
-    if has_bfloat16(torch.device("cpu")):
-        return "avx512_bf16" if found.get("avx512_bf16", True) else "other"
-    return "avx512" if found.get("avx512_f") or found.get("avx512") else "other"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "other"

@@ -89,6 +89,9 @@ def build(row: Row) -> torch.nn.Module:
         return in_runtime(encoder, row)
     if row.runtime != "torch":
         encoder.engine = Engine(row.runtime, folder=None)
+        if row.keep_ratio is not None:
+            encoder.keep_ratio = row.keep_ratio
+        encoder.engine.prepare(encoder)  # not at the first image
     return torch.compile(encoder) if row.compile else encoder
 
 

@@ -7,6 +7,11 @@ from blsam.runtimes import choice
 from blsam.runtimes.choice import FASTEST, RUNTIMES, resolve
 
 
+@pytest.fixture(autouse=True)
+def nothing_named(monkeypatch):
+    monkeypatch.delenv("BLSAM_RUNTIME", raising=False)
+
+
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
 def test_a_name_is_taken_as_it_is(runtime):
     assert resolve(runtime, "float32") == (runtime, torch.float32)
@@ -29,6 +34,15 @@ def test_auto_takes_the_fastest_that_is_installed(kind, dtype, monkeypatch):
 def test_auto_where_nothing_was_measured(monkeypatch):
     monkeypatch.setattr(choice, "processor", lambda: "a processor of tomorrow")
     assert resolve("auto", "float32")[0] == "torch"
+
+
+def test_the_environment_says_what_auto_is(monkeypatch):
+    monkeypatch.setenv("BLSAM_RUNTIME", "onnxruntime")
+    assert resolve("auto", "auto") == ("onnxruntime", torch.float32)
+    assert resolve("auto", "float32", "cuda")[0] == "torch" and resolve("openvino", "float32")[0] == "openvino"
+    monkeypatch.setenv("BLSAM_RUNTIME", "tensorrt")
+    with pytest.raises(ValueError, match="runtime must be one of"):
+        resolve("auto", "auto")
 
 
 def test_what_does_not_go_together(monkeypatch):
