@@ -269,11 +269,20 @@ def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple
     sam = build_sam(settings.model, start, image_size=settings.image_size, keep_ratio=settings.keep_ratio[0])
     sam.prompt_encoder.requires_grad_(False)
     if settings.stage == "encoder":
-        sam.load_state_dict(decoder, strict=False)
+        take_decoder(sam, decoder)
         sam.mask_decoder.requires_grad_(False)
     if settings.train == "decoder":
         sam.image_encoder.requires_grad_(False)
     return sam, teacher
+
+
+def take_decoder(sam: Sam, decoder: dict[str, torch.Tensor]) -> None:
+    """The teacher's prompt encoder and mask decoder, and as a start its last norm, which is the scale that they read in;
+    a student that has them already, saved in half precision perhaps, goes on with its own norm."""
+    own = sam.state_dict()
+    parts = {key: value for key, value in decoder.items() if not key.startswith("image_encoder.")}
+    continued = all(torch.allclose(own[key], value.float(), rtol=1e-3, atol=1e-6) for key, value in parts.items())
+    sam.load_state_dict(parts if continued else decoder, strict=False)
 
 
 def training_loader(run: Run) -> DataLoader:

@@ -5,9 +5,11 @@ import sys
 import pytest
 import torch
 
+from blsam.build_sam import sam_model_registry
 from blsam.checkpoint import CheckpointError
 from blsam.config import CONFIGS
 from blsam.options import shipped_checkpoint
+from blsam.training.loop import take_decoder
 from blsam.training.teachers import check_grid, finer_by, load_teacher
 
 
@@ -59,3 +61,24 @@ def test_a_teacher_answers_on_a_grid_as_fine():
     for finer in (1, 3):
         with pytest.raises(ValueError, match="vit_t_fine answers in 2 cells .* --teacher-size must be 2 times"):
             check_grid(fine, "vit_t", finer)
+
+
+def test_a_student_that_goes_on_keeps_its_own_norm():
+    """The teacher's last norm is a start: a student that reads through the teacher's decoder already has trained its own."""
+    _, decoder = load_teacher("vit_t", shipped_checkpoint("vit_t"), 128)
+    key = "image_encoder.neck.3.weight"
+
+    def student():
+        sam = sam_model_registry["vit_t"](image_size=128)
+        with torch.no_grad():
+            sam.state_dict()[key].fill_(3.0)
+        return sam
+
+    fresh = student()
+    take_decoder(fresh, decoder)
+    assert torch.equal(fresh.state_dict()[key], decoder[key])
+    further = student()
+    further.load_state_dict({k: v.half() for k, v in decoder.items() if k != key}, strict=False)
+    take_decoder(further, decoder)
+    assert (further.state_dict()[key] == 3.0).all()
+    assert torch.equal(further.state_dict()["mask_decoder.iou_token.weight"], decoder["mask_decoder.iou_token.weight"])
