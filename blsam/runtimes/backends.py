@@ -28,7 +28,8 @@ class Backend(Protocol):
 
     ways: options to compile with, the fastest first; where values are wrong, the next is tried. version: of the package,
     since files are of one version. make: the files of a module in float32, for inputs of these shapes, in one of the ways,
-    for products in a dtype. read: the pass that they hold; any error of the runtime's if they are damaged.
+    for products in a dtype. read: the pass that they hold, with what speeds up the next reading kept beside them if it may;
+    any error of the runtime's if they are damaged.
     """
 
     ways: ClassVar[tuple[Options, ...]]
@@ -40,7 +41,7 @@ class Backend(Protocol):
     def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None: ...
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype) -> Pass: ...
+    def read(cls, folder: Path, dtype: torch.dtype, keep: bool = False) -> Pass: ...
 
 
 class OpenVINO:
@@ -61,9 +62,7 @@ class OpenVINO:
     def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None:
         import openvino
 
-        compiled = openvino.Core().compile_model(cls.model(graph, inputs), "CPU", cls.options(dtype, way))
-        # compiling takes seconds at every start, reading what was compiled a fraction of that
-        (folder / "encoder.blob").write_bytes(compiled.export_model().getbuffer())
+        openvino.save_model(cls.model(graph, inputs), folder / "encoder.xml", compress_to_fp16=False)
         (folder / "way.json").write_text(json.dumps(way))
 
     @staticmethod
@@ -80,16 +79,16 @@ class OpenVINO:
         return model
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype) -> Pass:
+    def read(cls, folder: Path, dtype: torch.dtype, keep: bool = False) -> Pass:
         import openvino
 
         way = json.loads((folder / "way.json").read_text())
-        # mapped, copied where it is written to: openvino wants an array that can be
-        mapped = np.memmap(folder / "encoder.blob", np.uint8, "c")
-        content = openvino.Tensor(mapped, shared_memory=True)
-        compiled = openvino.Core().import_model(content, "CPU", cls.options(dtype, way))
+        options = cls.options(dtype, way)
+        if keep:  # what compiling takes seconds for at every start; the weights stay in the file beside it
+            options |= {"CACHE_DIR": str(folder / "compiled"), "CACHE_MODE": "OPTIMIZE_SIZE"}
+        compiled = openvino.Core().compile_model(folder / "encoder.xml", "CPU", options)
 
-        def run(*inputs: np.ndarray, weights: np.ndarray = mapped) -> list[np.ndarray]:  # which openvino does not hold
+        def run(*inputs: np.ndarray) -> list[np.ndarray]:
             found = compiled(list(inputs[: len(compiled.inputs)]))
             return [found[output] for output in compiled.outputs]
 
@@ -125,7 +124,7 @@ class ONNXRuntime:
         save(model, folder / "encoder.onnx", {}, is_large(graph))
 
     @classmethod
-    def read(cls, folder: Path, dtype: torch.dtype) -> Pass:
+    def read(cls, folder: Path, dtype: torch.dtype, keep: bool = False) -> Pass:
         import onnxruntime
 
         cls.check(dtype)

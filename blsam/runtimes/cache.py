@@ -73,7 +73,7 @@ def damaged(folder: Path) -> ValueError:
 def prune(root: Path, keep: Path, most: int) -> None:
     """Remove entries, those used longest ago first, until at most `most` bytes are left."""
     folders = [path for path in root.glob(f"{PREFIX}*") if path.is_dir()]
-    held = {path: sum(sizes(path).values()) for path in folders}
+    held = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in folders}
     for folder in sorted(folders, key=lambda path: path.stat().st_mtime):
         if sum(held.values()) > most and folder != keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -81,5 +81,6 @@ def prune(root: Path, keep: Path, most: int) -> None:
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Bytes of the files in a folder, but not of what is said of them."""
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != FACTS}
+    """Bytes of the files in a folder, but not of what is said of them, nor in folders of the runtime's own."""
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != FACTS]
+    return {path.name: path.stat().st_size for path in files}

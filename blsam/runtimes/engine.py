@@ -104,9 +104,9 @@ class Engine:
         name = f"{encoder.config.name}-{self.name}-{digest}"
         if (folder := cache.find(self.folder, name, facts)) is None:
             make = functools.partial(self._make, encoder, keep_ratio)
-            return backend.read(cache.store(self.folder, name, facts, make), dtype)
+            return backend.read(cache.store(self.folder, name, facts, make), dtype, keep=True)
         try:
-            return backend.read(folder, dtype)
+            return backend.read(folder, dtype, keep=True)
         except Exception as error:  # of the runtime's own kinds
             raise cache.damaged(folder) from error
 

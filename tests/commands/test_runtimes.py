@@ -49,7 +49,7 @@ def test_no_cache_keeps_nothing(segment, tmp_path):
 def test_what_is_wrong_with_the_cache_is_one_line(segment, tmp_path, monkeypatch):
     segment("--runtime", "openvino")
     (entry,) = (tmp_path / "compiled").iterdir()
-    with (entry / "encoder.blob").open("ab") as file:
+    with (entry / "encoder.bin").open("ab") as file:
         file.write(b"more")
     status, _, said = segment("--runtime", "openvino")
     assert status == 2 and said == f"blsam: {entry} is damaged or of another model; remove it (it is made again), " + (

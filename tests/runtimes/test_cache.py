@@ -7,14 +7,14 @@ import pytest
 from blsam.runtimes import cache
 
 
-def put(root, name, size=10, most=cache.MOST_BYTES, **facts):
+def put(root, name, size=1000, most=cache.MOST_BYTES, **facts):
     return cache.store(root, name, facts, lambda folder: (folder / "file").write_bytes(bytes(size)), most)
 
 
 def test_what_was_stored_is_found(tmp_path):
     assert cache.find(tmp_path, "a", {"x": 1}) is None
     folder = put(tmp_path, "a", x=1)
-    assert cache.find(tmp_path, "a", {"x": 1}) == folder and (folder / "file").stat().st_size == 10
+    assert cache.find(tmp_path, "a", {"x": 1}) == folder and (folder / "file").stat().st_size == 100000
     with pytest.raises(ValueError, match="of another model"):
         cache.find(tmp_path, "a", {"x": 2})
 
@@ -25,9 +25,9 @@ def test_those_used_longest_ago_go(tmp_path):
     os.utime(first, (1, 1))
     os.utime(second, (2, 2))
     cache.find(tmp_path, "first", {})  # used again
-    third = put(tmp_path, "third", most=20)
+    third = put(tmp_path, "third", most=2500)
     assert first.is_dir() and third.is_dir() and not second.exists()
-    fourth = put(tmp_path, "fourth", size=100, most=20)  # larger than what there is room for: it alone stays
+    fourth = put(tmp_path, "fourth", size=5000, most=2500)  # larger than what there is room for: it alone stays
     assert sorted(path.name for path in tmp_path.iterdir()) == [fourth.name, "somebody-elses"]
 
 
@@ -37,7 +37,7 @@ def test_who_comes_second_takes_what_is_there(tmp_path):
         put(tmp_path, "a")  # another process, meanwhile
 
     folder = cache.store(tmp_path, "a", {}, make)
-    assert (folder / "file").stat().st_size == 10
+    assert (folder / "file").stat().st_size == 100000
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 

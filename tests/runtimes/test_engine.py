@@ -144,16 +144,16 @@ def entry(folder):
 def test_a_compiled_file_that_is_not_the_right_one(how, tmp_path):
     model(TINY_EXACT, "openvino", tmp_path).image_encoder(batch())
     here = entry(tmp_path)
-    blob, facts = here / "encoder.blob", here / "facts.json"
+    graph, weights, facts = (here / name for name in ("encoder.xml", "encoder.bin", "facts.json"))
     if how == "cut":
-        blob.write_bytes(blob.read_bytes()[:-100])
+        weights.write_bytes(weights.read_bytes()[:-100])
     elif how == "another":  # the whole entry of other weights, under this one's name
         other = json.loads(facts.read_text())
         facts.write_text(json.dumps(other | {"weights": "0" * 64}))
     elif how == "facts":
         facts.write_text("{")
     else:
-        blob.write_bytes(bytes(len(blob.read_bytes())))
+        graph.write_bytes(bytes(len(graph.read_bytes())))
     with pytest.raises(ValueError, match="damaged or of another model; remove it") as raised:
         model(TINY_EXACT, "openvino", tmp_path).image_encoder(batch())
     assert str(here) in str(raised.value) and "\n" not in str(raised.value)
