@@ -25,6 +25,7 @@ from blsam.modeling.image_encoder import ImageEncoder
 from blsam.modeling.macs import encoder_macs, sam_macs
 from blsam.precision import resolve_dtype
 from blsam.runtimes.backends import BACKENDS
+from blsam.runtimes.cache import default_folder
 from blsam.runtimes.engine import Engine
 
 REFERENCE = "segment_anything:"
@@ -88,7 +89,7 @@ def build(row: Row) -> torch.nn.Module:
     if row.runtime != "torch" and row.is_reference:
         return in_runtime(encoder, row)
     if row.runtime != "torch":
-        encoder.engine = Engine(row.runtime, folder=None)
+        encoder.engine = Engine(row.runtime, default_folder())
         if row.keep_ratio is not None:
             encoder.keep_ratio = row.keep_ratio
         encoder.engine.prepare(encoder)  # not at the first image

@@ -14,7 +14,7 @@ def put(root, name, size=1000, most=cache.MOST_BYTES, **facts):
 def test_what_was_stored_is_found(tmp_path):
     assert cache.find(tmp_path, "a", {"x": 1}) is None
     folder = put(tmp_path, "a", x=1)
-    assert cache.find(tmp_path, "a", {"x": 1}) == folder and (folder / "file").stat().st_size == 100000
+    assert cache.find(tmp_path, "a", {"x": 1}) == folder and (folder / "file").stat().st_size == 1000
     with pytest.raises(ValueError, match="of another model"):
         cache.find(tmp_path, "a", {"x": 2})
 
@@ -37,7 +37,7 @@ def test_who_comes_second_takes_what_is_there(tmp_path):
         put(tmp_path, "a")  # another process, meanwhile
 
     folder = cache.store(tmp_path, "a", {}, make)
-    assert (folder / "file").stat().st_size == 100000
+    assert (folder / "file").stat().st_size == 1000
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
