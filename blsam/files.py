@@ -16,7 +16,7 @@ from typing import Any
 from . import __version__
 
 PIECE = 2**20  # bytes hashed at a time
-PACKAGES = ("torch", "numpy", "segment-anything", "pycocotools", "lvis", "opencv-python")
+PACKAGES = ("torch", "numpy", "segment-anything", "pycocotools", "lvis", "opencv-python", "openvino", "onnxruntime")
 
 
 def write_atomically(path: str | Path, write: Callable[[str], object]) -> None:

@@ -50,7 +50,7 @@ def install(*, routed: bool = False, **options: Any) -> Installed:
     Once is enough; a second call replaces the first. TypeError or ValueError for options that no builder takes.
     """
     inspect.signature(build_sam_vit_h).bind_partial(**options)  # TypeError here, and not inside somebody's program
-    resolve(options.get("runtime", "torch"), options.get("dtype", "float32"), options.get("device") or "cpu")
+    resolve(options.get("runtime", "torch"), options.get("dtype", "float32"))
     uninstall()
     builders: dict[str, Builder] = {}
     for name, builder in sam_model_registry.items():

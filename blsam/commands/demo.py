@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
 
     listener = page.bind(args.host, args.port)
     sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
+    if (engine := sam.image_encoder.engine) is not None:
+        engine.only = frozenset((args.keep_ratio, 1.0))  # the slider's other places would each be compiled
     segmenter = Segmenter(sam)
-    segmenter.warm_up()
+    segmenter.warm_up(args.keep_ratio)
     page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     auto = str(resolve_dtype("auto")).removeprefix("torch.")
     on_gpu = torch.cuda.is_available() and str(resolve_dtype("auto", "cuda")).removeprefix("torch.")
     print(f"dtype auto on this processor ({processor()}): {auto}" + (f", on its GPU: {on_gpu}" if on_gpu else ""))
-    print("runtime auto: " + ", ".join(f"{resolve('auto', dtype)[0]} in {dtype}" for dtype in ("float32", "bfloat16")))
+    print(f"runtime auto: {resolve('auto', 'auto')[0]}")
     print("GMACs of the encoder at 1024 x 1024: the dense model as segment_anything computes it, and ours")
 
 

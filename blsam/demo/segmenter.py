@@ -98,12 +98,13 @@ class Segmenter:
         self._everything = threading.BoundedSemaphore(MAX_EVERYTHING)
         self._one_everything = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Run everything once, so that the first visitor does not pay for what torch sets up."""
+    def warm_up(self, keep_ratio: float = 0.25) -> None:
+        """Run everything once, at the page's ratio and with all tokens, so that the first visitor does not pay for what
+        torch sets up."""
         side = self.sam.image_encoder.img_size
         blank = Photo("", b"", (side, side), np.zeros((side, side, 3), np.uint8), b"", (side, side))
-        for keep_ratio in (0.25, 1.0):
-            self.masks(blank, keep_ratio, Prompt(box=(0, 0, side, side)))
+        for ratio in (1.0, keep_ratio):
+            self.masks(blank, ratio, Prompt(box=(0, 0, side, side)))
         self.encodings.clear()
 
     # --- what the page asks for --------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from ..modeling.routing import Routing, Stage
 from ..modeling.sam import Sam
 from ..predictor import ResizeLongestSide, SamPredictor
 from .tools import MASK_SIDE, Tool, decoder_outputs
+from .write import import_openvino
 
 MOST = 1e-4  # difference of values, over the standard deviation of torch's
 SAME = 0.999  # share of prime tokens that must be torch's, and of pixels
@@ -48,8 +49,7 @@ def runner(path: Path) -> Runner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it starves who shares the cores
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         return lambda inputs: session.run(None, dict(inputs))
-    import openvino
-
+    openvino = import_openvino()
     compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
 
     def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
@@ -70,23 +70,22 @@ def photos() -> list[np.ndarray]:
 def check_encoder(sam: Sam, tool: Tool, run: Runner) -> Found:
     """An encoder's file against the model, on photos that are resized before: there runtimes differ by a rounding."""
     encoder = sam.image_encoder
-    images = [ResizeLongestSide(encoder.img_size).apply_image(photo) for photo in photos()]
-    tensors = [torch.as_tensor(image).permute(2, 0, 1).float() for image in images]  # [h, w, 3] -> [3, h, w]
-    x = torch.stack([sam.preprocess(tensor) for tensor in tensors])
-    if tool.photo:
-        each = [run({"input_image": image.astype(np.float32)}) for image in images]
-        outputs = [torch.from_numpy(np.concatenate(parts)) for parts in zip(*each)]
-    else:
-        outputs = [torch.from_numpy(output) for output in run({"x": x.numpy()})]
-    sizes = [(image.shape[0], image.shape[1]) for image in images]
-    if not encoder.config.routed:
-        return Found(gap(outputs[0], encoder(x)), None)
-    _, own = encoder.encode(x, true_sizes=sizes)
-    chosen = outputs[1].unbind(1)  # [B, stages, H, W]
-    supplied = Routing(tuple(Stage.from_mask(mask, encoder.config.window) for mask in chosen))
-    expected, _ = encoder.encode(x, true_sizes=sizes, routing=supplied)
-    both = sum(int((mask & stage.mask).sum()) for mask, stage in zip(chosen, own.stages))
-    return Found(gap(outputs[0], expected), both / sum(int(stage.mask.sum()) for stage in own.stages))
+    found, same, prime = [], 0, 0
+    for photo in photos():  # one after the other, for the memory
+        image = ResizeLongestSide(encoder.img_size).apply_image(photo)
+        x = sam.preprocess(torch.as_tensor(image).permute(2, 0, 1).float())[None]  # [h, w, 3] -> [1, 3, S, S]
+        given = {"input_image": image.astype(np.float32)} if tool.photo else {"x": x.numpy()}
+        outputs = [torch.from_numpy(output) for output in run(given)]
+        sizes, supplied = [(image.shape[0], image.shape[1])], None
+        if encoder.config.routed:
+            stages = outputs[1].unbind(1)  # [1, stages, H, W]
+            supplied = Routing(tuple(Stage.from_mask(mask, encoder.config.window) for mask in stages))
+            _, own = encoder.encode(x, true_sizes=sizes)
+            same += sum(int((mask & stage.mask).sum()) for mask, stage in zip(stages, own.stages))
+            prime += sum(int(stage.mask.sum()) for stage in own.stages)
+        expected, _ = encoder.encode(x, true_sizes=sizes, routing=supplied)
+        found.append(gap(outputs[0], expected))
+    return Found(worst(found), same / prime if encoder.config.routed else None)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,14 @@ from .graphs import OPSET, DecoderGraph, EncoderGraph, photo_graph
 from .tools import Tool, decoder_outputs
 
 MOST_BYTES = 1_800_000_000  # of weights inside an ONNX file; protobuf's limit is 2 GiB
+
+
+def import_openvino() -> Any:
+    """The package `openvino`, without the one by which it sends usage data, at its import already."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
 
 
 @contextlib.contextmanager
@@ -126,9 +135,8 @@ def save(model: Any, path: Path, facts: Mapping[str, str], large: bool = False) 
 
 def to_openvino(onnx_path: Path, path: Path, facts: Mapping[str, str]) -> Path:
     """OpenVINO's form of an ONNX file, in float32: `path` (.xml) and the .bin beside it, in place of the ONNX file."""
-    import openvino
-
-    model = openvino.Core().read_model(onnx_path)  # openvino's convert_model calls home
+    openvino = import_openvino()
+    model = openvino.Core().read_model(onnx_path)
     for key, value in facts.items():
         model.set_rt_info(value, ["blsam", key])
     openvino.save_model(model, path, compress_to_fp16=False)

@@ -45,6 +45,7 @@ from ..checkpoint_layouts import from_transformers
 from ..config import EncoderConfig
 from ..modeling.attention import Attention, offsets
 from ..modeling.image_encoder import ImageEncoder
+from ..modeling.layers import input_dtype
 from ..modeling.sam import Sam
 from ..modeling.windows import PATCH
 
@@ -58,6 +59,7 @@ class BLSamConfig(SamConfig):
 
     encoder: dict | None = None
     keep_ratio: float = 0.25
+    encoder_dtype: str = "float32"
 
     @classmethod
     def of(cls, encoder: ImageEncoder) -> BLSamConfig:
@@ -77,12 +79,14 @@ class BLSamConfig(SamConfig):
             mask_decoder_config={"layer_norm_eps": 1e-5},  # SAM's, in place of transformers' own 1e-6
             encoder=asdict(config),
             keep_ratio=encoder.keep_ratio,
+            encoder_dtype=str(input_dtype(encoder.patch_embed)).removeprefix("torch."),
             architectures=[BLSamModel.__name__],
         )
 
     @property
     def encoder_config(self) -> EncoderConfig:
-        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in self.encoder.items()}
+        fields: dict[str, Any] = dict(self.encoder or {})
+        fields |= {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
         return EncoderConfig(**fields)
 
 
@@ -117,9 +121,22 @@ class BLSamModel(SamModel):
         model = cls(BLSamConfig.of(sam.image_encoder))
         state = sam.state_dict()
         model.load_state_dict({key: state[from_transformers(key)] for key in model.state_dict()})
-        for name, parameter in model.vision_encoder.named_parameters():
-            parameter.data = parameter.data.to(sam.image_encoder.get_parameter(name).dtype)
+        model.vision_encoder.use_dtype(getattr(torch, model.config.encoder_dtype))
         return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As transformers'; without a `dtype` the encoder multiplies in what it was saved with."""
+        found = super().from_pretrained(*args, **options)
+        model = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        if "dtype" not in options:
+            model.vision_encoder.use_dtype(getattr(torch, model.config.encoder_dtype))
+        return found
+
+    def save_pretrained(self, *args: Any, **options: Any) -> Any:
+        """As transformers', with the keep ratio that is set."""
+        self.config.keep_ratio = self.vision_encoder.keep_ratio
+        return super().save_pretrained(*args, **options)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.vision_encoder.patch_embed

@@ -143,7 +143,7 @@ class ImageEncoder(Staged, ImageEncoderViT):
         elif not isinstance(true_sizes, torch.Tensor):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 
-        if self.engine is not None and not (graph or self.training or routing is not None or x.requires_grad):
+        if self.engine is not None and not graph and routing is None and self.engine.takes(self, x, keep_ratio):
             return self.engine.encode(self, x, true_sizes, keep_ratio)
         tokens, found = self.run(x, keep_ratio, true_sizes, routing)
         return self.compared(tokens), found

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..export.write import exported, is_large, quiet, save
+from ..export.write import exported, import_openvino, is_large, quiet, save
 
 Inputs = tuple[torch.Tensor, ...]
 Pass = Callable[..., list[np.ndarray]]
@@ -54,20 +54,18 @@ class OpenVINO:
 
     @staticmethod
     def version() -> str:
-        import openvino
-
-        return openvino.__version__
+        return import_openvino().__version__
 
     @classmethod
     def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None:
-        import openvino
-
+        openvino = import_openvino()
         openvino.save_model(cls.model(graph, inputs), folder / "encoder.xml", compress_to_fp16=False)
         (folder / "way.json").write_text(json.dumps(way))
 
     @staticmethod
     def model(graph: nn.Module, inputs: Inputs) -> Any:
-        """The module as OpenVINO's own; its `convert_model` does the same, many times slower, and calls home."""
+        """The module as OpenVINO's own; its `convert_model` does the same, many times slower."""
+        import_openvino()
         from openvino.frontend import FrontEndManager
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 
@@ -80,8 +78,7 @@ class OpenVINO:
 
     @classmethod
     def read(cls, folder: Path, dtype: torch.dtype, keep: bool = False) -> Pass:
-        import openvino
-
+        openvino = import_openvino()
         way = json.loads((folder / "way.json").read_text())
         options = cls.options(dtype, way)
         if keep:  # what compiling takes seconds for at every start; the weights stay in the file beside it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,11 @@ def resolve(runtime: str, dtype: str, device: torch.device | str = "cpu") -> tup
     """
     import torch
 
+    device, said = torch.device(device), "runtime"
+    if runtime == "auto" and device.type == "cpu":
+        runtime, said = os.environ.get("BLSAM_RUNTIME") or "auto", "BLSAM_RUNTIME"
     if runtime not in RUNTIMES:
-        raise ValueError(f"runtime must be one of {', '.join(RUNTIMES)}, is {runtime!r}")
-    device = torch.device(device)
-    if runtime == "auto" and device.type == "cpu" and (named := os.environ.get("BLSAM_RUNTIME", "auto")) != "auto":
-        return resolve(named, dtype, device)
+        raise ValueError(f"{said} must be one of {', '.join(RUNTIMES)}, is {runtime!r}")
     if runtime == "onnxruntime" and dtype == "auto":
         dtype = "float32"
     resolved = resolve_dtype(dtype, device)
@@ -57,13 +58,13 @@ EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
 
 
 def processor() -> str:
-    """The kind of this processor, by its instructions for products: "amx", "avx512_bf16", "avx512" or "other"."""
+    """The kind of this processor, by its instructions for products: "amx", "avx512_bf16", "avx512", else its name."""
     import torch
 
     if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and later
         found = torch.cpu.get_capabilities()
         names = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512_f"}
-        return next((kind for kind, name in names.items() if found.get(name)), "other")
+        return next((kind for kind, name in names.items() if found.get(name)), platform.machine())
     if torch.cpu._is_amx_tile_supported():
         return "amx"
-    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "other"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else platform.machine()

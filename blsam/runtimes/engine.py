@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import os
 import tempfile
 import threading
 from collections import OrderedDict
@@ -22,6 +24,7 @@ from .. import __version__
 from ..encoded import fingerprint
 from ..export.check import MOST, gap
 from ..export.graphs import EncoderGraph
+from ..modeling.attention import Attention
 from ..modeling.image_encoder import ImageEncoder
 from ..modeling.layers import input_dtype
 from ..modeling.routing import Routing, Stage, TrueSizes
@@ -32,6 +35,8 @@ from .choice import processor
 
 HELD = 2  # compiled encoders in memory at a time: of keep ratios that alternate
 LEAST_COSINE = 0.999  # of products in bfloat16, whose values cannot be torch's float32
+SAME, SAME_ROUNDED = 0.99, 0.9  # least share of each stage's prime tokens that are torch's, on noise; in bfloat16
+GRAPH = 1  # to be raised when other code makes another graph of the same model
 
 logger = logging.getLogger("blsam")
 
@@ -39,20 +44,35 @@ logger = logging.getLogger("blsam")
 class Engine:
     """Passes of one encoder, made anew when its weights, their dtype or the keep ratio change.
 
-    name: "openvino" or "onnxruntime". folder: where what is compiled is kept; None: nowhere. A copy (`copy.deepcopy`,
-    pickle) has nothing compiled.
+    name: "openvino" or "onnxruntime". folder: where what is compiled is kept; None: nowhere. only: keep ratios that are
+    worth compiling for; others are torch's; None: all. A copy (`copy.deepcopy`, pickle) has nothing compiled. Values
+    written behind torch's back (`parameter.data`) are not noticed: `forget` what was compiled then.
     """
 
-    def __init__(self, name: str, folder: Path | None) -> None:
-        self.name, self.folder = name, folder
+    def __init__(self, name: str, folder: Path | None, only: frozenset[float] | None = None) -> None:
+        self.name, self.folder, self.only = name, folder, only
         self._passes: OrderedDict[Hashable, Pass] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __getstate__(self) -> tuple[str, Path | None]:
-        return self.name, self.folder
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.name, self.folder, self.only
 
-    def __setstate__(self, state: tuple[str, Path | None]) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.__init__(*state)  # type: ignore[misc]
+
+    def takes(self, encoder: ImageEncoder, x: torch.Tensor, keep_ratio: float) -> bool:
+        """Whether this pass is for the runtime: training, gradients and encoders with hooks inside are torch's."""
+        if encoder.training or (self.only is not None and keep_ratio not in self.only):
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.parameters())):
+            return False
+        inside = itertools.islice(encoder.modules(), 1, None)  # its own hooks are called where it is
+        return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+
+    def forget(self) -> None:
+        """Drop what is compiled and held in memory."""
+        with self._lock:
+            self._passes.clear()
 
     def encode(
         self, encoder: ImageEncoder, x: torch.Tensor, true_sizes: TrueSizes, keep_ratio: float
@@ -81,7 +101,7 @@ class Engine:
     def _pass(self, encoder: ImageEncoder, keep_ratio: float) -> Pass:
         """The pass of this encoder as it is now."""
         ratio = min(keep_ratio, 1.0) if encoder.config.routed else 1.0
-        key = (ratio, torch.get_num_threads(), *(_state(p) for p in encoder.parameters()))
+        key = (ratio, torch.get_num_threads(), *windows_of(encoder), *(_state(p) for p in encoder.parameters()))
         if key not in self._passes:
             while len(self._passes) >= HELD:
                 self._passes.popitem(last=False)
@@ -90,7 +110,7 @@ class Engine:
         return self._passes[key]
 
     def _compiled(self, encoder: ImageEncoder, keep_ratio: float) -> Pass:
-        backend, dtype = BACKENDS[self.name], input_dtype(encoder.patch_embed)
+        dtype = input_dtype(encoder.patch_embed)
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"{self.name} multiplies in float32 or bfloat16, the encoder was cast to {dtype}")
         if encoder.config.score == "random":
@@ -98,17 +118,20 @@ class Engine:
         if self.folder is None:
             with tempfile.TemporaryDirectory(prefix="blsam-") as temporary:
                 self._make(encoder, keep_ratio, Path(temporary))
-                return backend.read(Path(temporary), dtype)
-        facts = facts_of(encoder, keep_ratio) | {"runtime": f"{self.name} {backend.version()}"}
+                return self._read(Path(temporary), dtype, keep=False)
+        facts = facts_of(encoder, keep_ratio) | {"runtime": f"{self.name} {BACKENDS[self.name].version()}"}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         name = f"{encoder.config.name}-{self.name}-{digest}"
         if (folder := cache.find(self.folder, name, facts)) is None:
             make = functools.partial(self._make, encoder, keep_ratio)
-            return backend.read(cache.store(self.folder, name, facts, make), dtype, keep=True)
+            folder = cache.store(self.folder, name, facts, make)
+        return self._read(folder, dtype, keep=os.access(folder, os.W_OK))
+
+    def _read(self, folder: Path, dtype: torch.dtype, keep: bool) -> Pass:
         try:
-            return backend.read(folder, dtype, keep=True)
+            return BACKENDS[self.name].read(folder, dtype, keep)
         except Exception as error:  # of the runtime's own kinds
-            raise cache.damaged(folder) from error
+            raise ValueError(f"{self.name} cannot read {folder}: {one_line(error)}") from error
 
     def _make(self, encoder: ImageEncoder, keep_ratio: float, folder: Path) -> None:
         """The backend's files, once: this is what takes time. ValueError where no way gives torch's values."""
@@ -117,7 +140,8 @@ class Engine:
         plain, dtype = in_torch(encoder), input_dtype(encoder.patch_embed)
         for way in BACKENDS[self.name].ways:
             try:
-                found = self._try(plain, keep_ratio, dtype, way, folder)
+                with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                    found = self._try(plain, keep_ratio, dtype, way, folder)
             except OSError:
                 raise
             except Exception as error:  # as above
@@ -139,10 +163,13 @@ class Engine:
         inputs = (x, torch.tensor([extents]))[: 2 if encoder.config.routed else 1]
         backend.make(EncoderGraph(encoder, keep_ratio).eval(), inputs, dtype, way, folder)
         found = [torch.from_numpy(part) for part in backend.read(folder, dtype)(*(one.numpy() for one in inputs))]
-        supplied = routing_of(encoder, found) if encoder.config.routed else None
-        with torch.no_grad():
-            expected, _ = encoder.encode(x, true_sizes=[extents], keep_ratio=keep_ratio, routing=supplied)
-        if dtype == torch.float32:
+        supplied, exact = routing_of(encoder, found) if encoder.config.routed else None, dtype == torch.float32
+        _, own = encoder.encode(x, true_sizes=[extents], keep_ratio=keep_ratio)
+        for stage, mask in zip(own.stages, found[1].unbind(1) if own.stages else ()):
+            if (stage.mask & mask).sum() < (SAME if exact else SAME_ROUNDED) * stage.mask.sum():
+                return False
+        expected, _ = encoder.encode(x, true_sizes=[extents], keep_ratio=keep_ratio, routing=supplied)
+        if exact:
             return gap(found[0], expected) <= MOST
         return bool(torch.cosine_similarity(found[0].flatten(), expected.flatten(), dim=0) >= LEAST_COSINE)
 
@@ -170,10 +197,17 @@ def facts_of(encoder: ImageEncoder, keep_ratio: float) -> dict[str, Any]:
         "image_size": encoder.img_size,
         "keep_ratio": keep_ratio,
         "processor": processor(),
+        "windows": windows_of(encoder),
         "torch": torch.__version__,
         "blsam": __version__,
+        "graph": GRAPH,
     }
     return json.loads(json.dumps(facts))
+
+
+def windows_of(encoder: ImageEncoder) -> list[int]:
+    """Those of its layers, which may be set."""
+    return [module.window for module in encoder.modules() if isinstance(module, Attention)]
 
 
 def _state(parameter: torch.Tensor) -> tuple[int, int]:

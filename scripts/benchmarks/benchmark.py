@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -201,14 +200,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def ways(args: argparse.Namespace, reference: bool) -> list[tuple[str, str]]:
+    """Runtimes and dtypes of a model: the reference in torch, and ONNX Runtime, know float32 alone."""
+    found = []
+    for runtime in args.runtimes:
+        alone = runtime == "onnxruntime" or (reference and runtime == "torch")
+        found += [(runtime, dtype) for dtype in (["float32"] if alone else args.dtypes)]
+    return found
+
+
 def rows_of(args: argparse.Namespace, size: int, batch: int) -> list[Row]:
     rows = []
     for model in args.models:
         reference = model.startswith(REFERENCE)
         routed = CONFIGS[model.removeprefix(REFERENCE)].routed
-        for runtime, dtype in product(args.runtimes, args.dtypes):
-            if dtype != "float32" and (runtime == "onnxruntime" or (reference and runtime == "torch")):
-                continue
+        for runtime, dtype in ways(args, reference):
             for keep in args.keep_ratios if routed else [None]:
                 for true_size in args.true_sizes if routed else [None]:
                     for compiled in (

@@ -25,7 +25,6 @@ from blsam.modeling.image_encoder import ImageEncoder
 from blsam.modeling.macs import encoder_macs, sam_macs
 from blsam.precision import resolve_dtype
 from blsam.runtimes.backends import BACKENDS
-from blsam.runtimes.cache import default_folder
 from blsam.runtimes.engine import Engine
 
 REFERENCE = "segment_anything:"
@@ -89,7 +88,7 @@ def build(row: Row) -> torch.nn.Module:
     if row.runtime != "torch" and row.is_reference:
         return in_runtime(encoder, row)
     if row.runtime != "torch":
-        encoder.engine = Engine(row.runtime, default_folder())
+        encoder.engine = Engine(row.runtime, Path(named) if (named := os.environ.get("BLSAM_CACHE")) else None)
         if row.keep_ratio is not None:
             encoder.keep_ratio = row.keep_ratio
         encoder.engine.prepare(encoder)  # not at the first image
@@ -98,12 +97,12 @@ def build(row: Row) -> torch.nn.Module:
 
 def in_runtime(encoder: ImageEncoderViT, row: Row) -> Any:
     """The reference's encoder as another runtime computes it: its own graph, with nothing of ours."""
-    backend, dtype = BACKENDS[row.runtime], getattr(torch, row.dtype)
+    backend, dtype = BACKENDS[row.runtime], resolve_dtype(row.dtype)
     inputs = (torch.randn(1, 3, row.image_size, row.image_size),)
     with tempfile.TemporaryDirectory() as folder:
         backend.make(encoder, inputs, dtype, backend.ways[0], Path(folder))
         run = backend.read(Path(folder), dtype)
-    return lambda x: torch.cat([torch.from_numpy(run(one[None].numpy())[0].copy()) for one in x])
+    return lambda x: torch.cat([torch.from_numpy(run(one[None].numpy())[0]) for one in x])
 
 
 def reference_encoder(config: EncoderConfig, size: int) -> ImageEncoderViT:

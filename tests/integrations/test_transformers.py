@@ -89,7 +89,14 @@ def test_half_precision_is_kept(tmp_path):
     sam = model()
     sam.image_encoder.use_dtype(torch.bfloat16)
     ours = BLSamModel.from_sam(sam)
-    assert torch.equal(ours.get_image_embeddings(images()), sam.image_encoder(images()))
+    expected = sam.image_encoder(images())
+    assert torch.equal(ours.get_image_embeddings(images()), expected)
+    ours.vision_encoder.keep_ratio = 0.25
+    ours.save_pretrained(tmp_path)
+    again = BLSamModel.from_pretrained(tmp_path)
+    assert again.vision_encoder.keep_ratio == 0.25
+    again.vision_encoder.keep_ratio = 0.5
+    assert torch.equal(again.get_image_embeddings(images()), expected)
 
 
 def test_the_keep_ratio_may_be_set_and_training_reaches_the_encoder():

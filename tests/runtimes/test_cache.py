@@ -51,18 +51,33 @@ def test_nothing_is_left_of_what_failed(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"BLSAM_CACHE": "/here"}, "/here"),
-        ({"XDG_CACHE_HOME": "/there"}, "/there/blsam"),
-        ({}, "/home/me/.cache/blsam"),
-    ],
-)
-def test_default_folder(variables, expected, monkeypatch):
+def test_default_folder(tmp_path, monkeypatch, caplog):
     for name in ("BLSAM_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/me")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert str(cache.default_folder()) == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.default_folder() == tmp_path / ".cache" / "blsam"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    assert cache.default_folder() == tmp_path / "mine" / "blsam"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache.default_folder() is None and "BLSAM_CACHE names one" in caplog.text
+    monkeypatch.setenv("BLSAM_CACHE", str(tmp_path / "named"))  # taken as it is: what is wrong with it is an error
+    assert cache.default_folder() == tmp_path / "named"
+
+
+def test_an_entry_that_another_process_removed_is_none(tmp_path):
+    folder = put(tmp_path, "a")
+    (folder / "facts.json").unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        cache.find(tmp_path, "a", {})
+    cache.shutil.rmtree(folder)
+    assert cache.find(tmp_path, "a", {}) is None
+
+
+def test_what_was_never_finished_goes_after_a_day(tmp_path):
+    for name, age in ((".making-old", 2 * cache.ABANDONED), (".making-now", 0)):
+        (tmp_path / name).mkdir()
+        then = cache.time.time() - age
+        os.utime(tmp_path / name, (then, then))
+    put(tmp_path, "a")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".making-now", "encoder-a"]

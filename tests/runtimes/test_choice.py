@@ -41,8 +41,10 @@ def test_the_environment_says_what_auto_is(monkeypatch):
     assert resolve("auto", "auto") == ("onnxruntime", torch.float32)
     assert resolve("auto", "float32", "cuda")[0] == "torch" and resolve("openvino", "float32")[0] == "openvino"
     monkeypatch.setenv("BLSAM_RUNTIME", "tensorrt")
-    with pytest.raises(ValueError, match="runtime must be one of"):
+    with pytest.raises(ValueError, match="BLSAM_RUNTIME must be one of"):
         resolve("auto", "auto")
+    monkeypatch.setenv("BLSAM_RUNTIME", "")
+    assert resolve("auto", "float32", "cpu")[0] in RUNTIMES
 
 
 def test_what_does_not_go_together(monkeypatch):

@@ -82,6 +82,7 @@ def test_a_ratio_for_one_call_and_all_tokens(folder):
 def test_other_weights_are_another_pass(folder, caplog):
     ours, torchs = model(TINY_EXACT, "openvino", folder).image_encoder, model(TINY_EXACT).image_encoder
     before = ours(batch())
+    caplog.clear()
     for encoder in (ours, torchs):
         encoder.blocks[0].mlp.lin1.weight.mul_(1.5)
     after = ours(batch())
@@ -132,6 +133,55 @@ def test_a_predictor_notices_nothing(folder):
     assert torch.equal(ours.routing.stages[0].mask, torchs.routing.stages[0].mask)
 
 
+@torch.no_grad()
+def test_other_windows_are_another_pass_and_values_behind_torchs_back_are_forgotten(folder):
+    ours, torchs = model(TINY_EXACT, "openvino", folder).image_encoder, model(TINY_EXACT).image_encoder
+    ours(batch())
+    for encoder in (ours, torchs):
+        encoder.blocks[0].window_size = 4
+    assert gap(ours(batch()), torchs(batch())) < 1e-4
+    for encoder in (ours, torchs):
+        encoder.blocks[0].mlp.lin1.weight.data.mul_(1.5)
+    ours.engine.forget()
+    assert gap(ours(batch()), torchs(batch())) < 1e-4
+
+
+def test_hooks_inside_and_gradients_of_weights_are_torchs(folder):
+    ours, torchs = model(TINY_EXACT, "openvino", folder).image_encoder, model(TINY_EXACT).image_encoder
+    assert ours(batch()).requires_grad
+    with torch.no_grad():
+        for encoder in (ours, torchs):
+            encoder.blocks[0].register_forward_hook(lambda module, given, result: result * 0.5)
+        assert torch.equal(ours(batch()), torchs(batch()))
+    assert not ours.engine._passes
+
+
+@torch.no_grad()
+def test_compiled_under_autocast(tmp_path):
+    ours = model(TINY, "openvino", tmp_path).image_encoder
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours(batch())
+    assert gap(found, model(TINY).image_encoder(batch())) < 1e-4
+
+
+@torch.no_grad()
+def test_ratios_that_are_not_worth_it_are_torchs(folder):
+    ours, torchs = model(TINY, "openvino", folder).image_encoder, model().image_encoder
+    ours.engine.only = frozenset((0.25,))
+    assert torch.equal(ours.encode(batch(), keep_ratio=0.7)[0], torchs.encode(batch(), keep_ratio=0.7)[0])
+    assert not ours.engine._passes
+
+
+@torch.no_grad()
+def test_a_routed_model_in_bfloat16(folder):
+    ours, torchs = model(TINY, "openvino", folder).image_encoder, model().image_encoder
+    ours.use_dtype(torch.bfloat16)
+    (found, routing), (expected, own) = (encoder.encode(batch()) for encoder in (ours, torchs))
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+    for stage, other in zip(routing.stages, own.stages):
+        assert (stage.mask & other.mask).sum() > 0.9 * other.mask.sum()
+
+
 # --- what can go wrong -----------------------------------------------------------------------------------------------
 
 
@@ -140,7 +190,7 @@ def entry(folder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["cut", "another", "facts", "noise"])
+@pytest.mark.parametrize("how", ["cut", "another", "facts", "graph", "weights"])
 def test_a_compiled_file_that_is_not_the_right_one(how, tmp_path):
     model(TINY_EXACT, "openvino", tmp_path).image_encoder(batch())
     here = entry(tmp_path)
@@ -152,6 +202,8 @@ def test_a_compiled_file_that_is_not_the_right_one(how, tmp_path):
         facts.write_text(json.dumps(other | {"weights": "0" * 64}))
     elif how == "facts":
         facts.write_text("{")
+    elif how == "weights":
+        weights.write_bytes(bytes(len(weights.read_bytes())))
     else:
         graph.write_bytes(bytes(len(graph.read_bytes())))
     with pytest.raises(ValueError, match="damaged or of another model; remove it") as raised:
@@ -209,7 +261,22 @@ def test_wrong_values_are_seen(monkeypatch):
     assert gap(found, model(TINY_EXACT).image_encoder(batch())) < 1e-4
     assert tried == list(BACKENDS["openvino"].ways)
 
-    tried.clear()
     monkeypatch.setattr(BACKENDS["openvino"], "ways", ({},))
+    tried.clear()
     with pytest.raises(ValueError, match="does not give what torch gives"):
         model(TINY_EXACT, "openvino", None).image_encoder(batch())
+
+
+@torch.no_grad()
+def test_a_wrong_choice_of_tokens_is_seen(monkeypatch):
+    right = BACKENDS["openvino"].make.__func__
+
+    def other_predictors(cls, graph, *rest):
+        graph = copy.deepcopy(graph)
+        for predictor in graph.encoder.predictors:
+            predictor.linear.weight.mul_(-1)
+        right(cls, graph, *rest)
+
+    monkeypatch.setattr(BACKENDS["openvino"], "make", classmethod(other_predictors))
+    with pytest.raises(ValueError, match="does not give what torch gives"):
+        model(TINY, "openvino", None).image_encoder(batch())

@@ -64,7 +64,7 @@ def test_a_teacher_answers_on_a_grid_as_fine():
 
 
 def test_a_student_that_goes_on_keeps_its_own_norm():
-    """The teacher's last norm is a start: a student that reads through the teacher's decoder already has trained its own."""
+    """The teacher's last norm is a start; a student that has the teacher's decoder already has trained its own."""
     _, decoder = load_teacher("vit_t", shipped_checkpoint("vit_t"), 128)
     key = "image_encoder.neck.3.weight"
 
