@@ -47,7 +47,8 @@ def install(*, routed: bool = False, **options: Any) -> Installed:
         options: of the builders, for every model that is built: `dtype="auto"`, `keep_ratio`, `image_size`, `device`,
             `runtime`.
 
-    Once is enough; a second call replaces the first. TypeError or ValueError for options that no builder takes.
+    Once is enough; a second call replaces the first. TypeError or ValueError for options that no builder takes,
+    ImportError for a runtime that is not installed.
     """
     inspect.signature(build_sam_vit_h).bind_partial(**options)  # TypeError here, and not inside somebody's program
     resolve(options.get("runtime", "torch"), options.get("dtype", "float32"))

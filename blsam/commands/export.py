@@ -15,13 +15,13 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..export.tools import TOOLS, Tool, anylabeling_yaml
 from ..files import provenance, sha256, write_json, write_text
 from ..options import UsageError, add_option, check_folder, check_output, find_checkpoint, one_line
+from ..runtimes.choice import require
 
 if TYPE_CHECKING:
     from ..modeling.sam import Sam
@@ -98,14 +98,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, {**facts, "files": reports, **provenance()})
     return 0
-
-
-def require(*modules: str) -> None:
-    """ImportError in one line unless they can be imported."""
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        extra = "openvino" if "openvino" in missing else "onnx"
-        raise ImportError(f"{', '.join(missing)} not installed; pip install 'blsam[{extra}]'")
 
 
 def one_part(

@@ -49,8 +49,6 @@ from ..modeling.layers import input_dtype
 from ..modeling.sam import Sam
 from ..modeling.windows import PATCH
 
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
 
 class BLSamConfig(SamConfig):
     """`SamConfig` with our encoder: `encoder`, the fields of an `EncoderConfig`; `keep_ratio`."""
@@ -152,15 +150,14 @@ class BLSamModel(SamModel):
 
 
 def processor_of(model: BLSamModel) -> SamProcessor:
-    """Photos and prompts as this model takes them: longer side to its image size, SAM's normalisation, zeros behind."""
+    """Photos and prompts as this model takes them: longer side to its image size, zeros behind. Its own defaults are SAM's
+    normalisation."""
     size = model.config.vision_config.image_size
     images = SamImageProcessor(
         size={"longest_edge": size},
         mask_size={"longest_edge": size // 4},
         pad_size={"height": size, "width": size},
         mask_pad_size={"height": size // 4, "width": size // 4},
-        image_mean=[value / 255 for value in MEAN],
-        image_std=[value / 255 for value in STD],
     )
     return SamProcessor(images)
 

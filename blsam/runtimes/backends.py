@@ -1,7 +1,7 @@
 """An encoder's pass in OpenVINO and in ONNX Runtime: made from torch into a folder, read from there, run.
 
-Passes take one image, x [1, 3, S, S] float32 and its extents int64 [1, 2], and give numpy arrays: the embedding, and of
-a routed encoder its prime tokens and scores (`export.graphs.EncoderGraph`).
+Passes take one image, x [1, 3, S, S] float32, and of a routed encoder its extents, int64 [1, 2]. They give numpy arrays:
+the embedding, and of a routed encoder its prime tokens and scores (`export.graphs.EncoderGraph`).
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..export.check import runner
 from ..export.write import exported, import_openvino, is_large, quiet, save
 
 Inputs = tuple[torch.Tensor, ...]
 Pass = Callable[..., list[np.ndarray]]
 Options = dict[str, str]
+INPUTS = ("x", "extents")
 OUTPUTS = ("image_embeddings", "prime", "scores")
 
 
 class Backend(Protocol):
     """What a runtime is to the engine.
 
-    ways: options to compile with, the fastest first; where values are wrong, the next is tried. version: of the package,
-    since files are of one version. make: the files of a module in float32, for inputs of these shapes, in one of the ways,
-    for products in a dtype. read: the pass that they hold, with what speeds up the next reading kept beside them if it may;
-    any error of the runtime's if they are damaged.
+    dtypes: what it multiplies in. ways: options to compile with, the fastest first; where values are wrong, the next is
+    tried. version: of the package, since files are of one version. make: the files of a module in float32, for inputs of
+    these shapes, in one of the ways. read: the pass that they hold, multiplied in a dtype, with what speeds up the next
+    reading kept beside them if it may; any error of the runtime's if they are damaged.
     """
 
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
     ways: ClassVar[tuple[Options, ...]]
 
     @staticmethod
     def version() -> str: ...
 
     @classmethod
-    def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None: ...
+    def make(cls, graph: nn.Module, inputs: Inputs, way: Options, folder: Path) -> None: ...
 
     @classmethod
     def read(cls, folder: Path, dtype: torch.dtype, keep: bool = False) -> Pass: ...
@@ -50,6 +53,7 @@ class OpenVINO:
     Its fused subgraphs ("snippets") are wrong for some shapes of windows in 2026.4, hence the second way.
     """
 
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16)
     ways: ClassVar[tuple[Options, ...]] = ({}, {"SNIPPETS_MODE": "DISABLE"})
 
     @staticmethod
@@ -57,7 +61,7 @@ class OpenVINO:
         return import_openvino().__version__
 
     @classmethod
-    def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None:
+    def make(cls, graph: nn.Module, inputs: Inputs, way: Options, folder: Path) -> None:
         openvino = import_openvino()
         openvino.save_model(cls.model(graph, inputs), folder / "encoder.xml", compress_to_fp16=False)
         (folder / "way.json").write_text(json.dumps(way))
@@ -86,7 +90,7 @@ class OpenVINO:
         compiled = openvino.Core().compile_model(folder / "encoder.xml", "CPU", options)
 
         def run(*inputs: np.ndarray) -> list[np.ndarray]:
-            found = compiled(list(inputs[: len(compiled.inputs)]))
+            found = compiled(list(inputs))
             return [found[output] for output in compiled.outputs]
 
         return run
@@ -104,6 +108,7 @@ class OpenVINO:
 class ONNXRuntime:
     """In float32, which is all that its kernels for CPUs multiply in."""
 
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32,)
     ways: ClassVar[tuple[Options, ...]] = ({},)
 
     @staticmethod
@@ -113,31 +118,16 @@ class ONNXRuntime:
         return onnxruntime.__version__
 
     @classmethod
-    def make(cls, graph: nn.Module, inputs: Inputs, dtype: torch.dtype, way: Options, folder: Path) -> None:
-        cls.check(dtype)
+    def make(cls, graph: nn.Module, inputs: Inputs, way: Options, folder: Path) -> None:
         names = OUTPUTS[: len(OUTPUTS) if len(inputs) > 1 else 1]
         with torch.no_grad():
-            model = exported(graph, dict(zip(("x", "extents"), inputs)), names)
+            model = exported(graph, dict(zip(INPUTS, inputs)), names)
         save(model, folder / "encoder.onnx", {}, is_large(graph))
 
     @classmethod
     def read(cls, folder: Path, dtype: torch.dtype, keep: bool = False) -> Pass:
-        import onnxruntime
-
-        cls.check(dtype)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # or it starves who shares the cores
-        session = onnxruntime.InferenceSession(folder / "encoder.onnx", options, providers=["CPUExecutionProvider"])
-        names = [one.name for one in session.get_inputs()]
-        return lambda *inputs: session.run(None, dict(zip(names, inputs)))
-
-    @staticmethod
-    def check(dtype: torch.dtype) -> None:
-        if dtype != torch.float32:
-            raise ValueError(
-                'onnxruntime multiplies in float32 on a CPU; cast the encoder back, or runtime="openvino"'
-            )
+        run = runner(folder / "encoder.onnx")
+        return lambda *inputs: run(dict(zip(INPUTS, inputs)))
 
 
 BACKENDS: dict[str, type[Backend]] = {"openvino": OpenVINO, "onnxruntime": ONNXRuntime}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # options need the names alone, at once
     import torch
 
 RUNTIMES = ("torch", "openvino", "onnxruntime", "auto")
+NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
 
 # The fastest by kind of processor and dtype, as measured (docs/runtimes.md); where nothing was measured, torch.
 FASTEST = {(kind, dtype): "openvino" for kind in ("amx", "avx512_bf16") for dtype in ("float32", "bfloat16")}
@@ -47,14 +48,16 @@ def resolve(runtime: str, dtype: str, device: torch.device | str = "cpu") -> tup
         )
     if runtime == "onnxruntime" and resolved != torch.float32:
         raise ValueError('onnxruntime multiplies in float32 on a CPU; give dtype="float32", or another runtime')
-    missing = [name for name in NEEDED[runtime] if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"{', '.join(missing)} not installed; pip install 'blsam[{EXTRAS[runtime]}]'")
+    require(*NEEDED[runtime])
     return runtime, resolved
 
 
-NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
-EXTRAS = {"openvino": "openvino", "onnxruntime": "onnx"}
+def require(*modules: str) -> None:
+    """ImportError in one line unless these packages of the extras `onnx` and `openvino` are there."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        extra = "openvino" if "openvino" in missing else "onnx"
+        raise ImportError(f"{', '.join(missing)} not installed; pip install 'blsam[{extra}]'")
 
 
 def processor() -> str:

@@ -77,7 +77,7 @@ class Engine:
     def encode(
         self, encoder: ImageEncoder, x: torch.Tensor, true_sizes: TrueSizes, keep_ratio: float
     ) -> tuple[torch.Tensor, Routing]:
-        """As `ImageEncoder.encode`, image by image, which on a CPU is as fast as a batch. Without gradients.
+        """As `ImageEncoder.encode`, image by image. Without gradients.
 
         ValueError, in one line, for an encoder that is not on the CPU, and where the runtime cannot compile it.
         """
@@ -86,10 +86,10 @@ class Engine:
         if isinstance(true_sizes, torch.Tensor):
             true_sizes = true_sizes.tolist()
         extents = np.array(true_sizes or [tuple(x.shape[2:])] * len(x), np.int64)
-        images = x.detach().float().contiguous().numpy()
+        inputs = (x.detach().float().contiguous().numpy(), extents)[: inputs_of(encoder)]
         with self._lock:  # a pass has one set of buffers
             run = self._pass(encoder, keep_ratio)
-            found = [run(images[i : i + 1], extents[i : i + 1]) for i in range(len(images))]
+            found = [run(*(one[i : i + 1] for one in inputs)) for i in range(len(x))]
             parts = [torch.from_numpy(np.concatenate(part)) for part in zip(*found)]
         return parts[0], routing_of(encoder, parts)
 
@@ -110,9 +110,10 @@ class Engine:
         return self._passes[key]
 
     def _compiled(self, encoder: ImageEncoder, keep_ratio: float) -> Pass:
-        dtype = input_dtype(encoder.patch_embed)
-        if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"{self.name} multiplies in float32 or bfloat16, the encoder was cast to {dtype}")
+        dtype, dtypes = input_dtype(encoder.patch_embed), BACKENDS[self.name].dtypes
+        if dtype not in dtypes:
+            names = " or ".join(str(one).removeprefix("torch.") for one in dtypes)
+            raise ValueError(f"{self.name} multiplies in {names} on a CPU, the encoder was cast to {dtype}")
         if encoder.config.score == "random":
             raise ValueError(f'{self.name} cannot draw tokens at random, as this model does; runtime="torch" can')
         if self.folder is None:
@@ -160,8 +161,8 @@ class Engine:
         backend, size = BACKENDS[self.name], encoder.img_size
         x, extents = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)), (size * 3 // 4, size)
         x[:, :, extents[0] :] = 0
-        inputs = (x, torch.tensor([extents]))[: 2 if encoder.config.routed else 1]
-        backend.make(EncoderGraph(encoder, keep_ratio).eval(), inputs, dtype, way, folder)
+        inputs = (x, torch.tensor([extents]))[: inputs_of(encoder)]
+        backend.make(EncoderGraph(encoder, keep_ratio).eval(), inputs, way, folder)
         found = [torch.from_numpy(part) for part in backend.read(folder, dtype)(*(one.numpy() for one in inputs))]
         supplied, exact = routing_of(encoder, found) if encoder.config.routed else None, dtype == torch.float32
         _, own = encoder.encode(x, true_sizes=[extents], keep_ratio=keep_ratio)
@@ -179,6 +180,11 @@ def in_torch(encoder: ImageEncoder) -> ImageEncoder:
     encoder = copy.copy(encoder)
     encoder.engine = None
     return encoder if input_dtype(encoder.patch_embed) == torch.float32 else copy.deepcopy(encoder).float()
+
+
+def inputs_of(encoder: ImageEncoder) -> int:
+    """Of image and extents, how many a graph takes: an exact model has no use for extents."""
+    return 2 if encoder.config.routed else 1
 
 
 def routing_of(encoder: ImageEncoder, parts: list[torch.Tensor]) -> Routing:

@@ -97,11 +97,11 @@ def build(row: Row) -> torch.nn.Module:
 
 def in_runtime(encoder: ImageEncoderViT, row: Row) -> Any:
     """The reference's encoder as another runtime computes it: its own graph, with nothing of ours."""
-    backend, dtype = BACKENDS[row.runtime], resolve_dtype(row.dtype)
+    backend = BACKENDS[row.runtime]
     inputs = (torch.randn(1, 3, row.image_size, row.image_size),)
     with tempfile.TemporaryDirectory() as folder:
-        backend.make(encoder, inputs, dtype, backend.ways[0], Path(folder))
-        run = backend.read(Path(folder), dtype)
+        backend.make(encoder, inputs, backend.ways[0], Path(folder))
+        run = backend.read(Path(folder), resolve_dtype(row.dtype))
     return lambda x: torch.cat([torch.from_numpy(run(one[None].numpy())[0]) for one in x])
 
 

@@ -36,7 +36,7 @@ def test_what_it_refuses(options, message, tmp_path, capsys):
 
 
 def test_a_missing_package_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("blsam.commands.export.find_spec", lambda name: None if name == "openvino" else name)
+    monkeypatch.setattr("blsam.runtimes.choice.find_spec", lambda name: None if name == "openvino" else name)
     assert main(["export", "--format", "openvino", "-o", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "blsam: openvino not installed; pip install 'blsam[openvino]'\n"
 

@@ -84,6 +84,12 @@ def test_a_folder_gives_the_same_model(config, tmp_path):
     assert torch.equal(other.image_encoder(x), sam.image_encoder(x))
 
 
+def test_the_processor_normalises_as_sam_does():
+    sam, processor = model(), processor_of(BLSamModel.from_sam(model())).image_processor
+    for given, own in ((processor.image_mean, sam.pixel_mean), (processor.image_std, sam.pixel_std)):
+        torch.testing.assert_close(torch.tensor(given) * 255, own.flatten(), rtol=1e-6, atol=1e-4)
+
+
 @torch.no_grad()
 def test_half_precision_is_kept(tmp_path):
     sam = model()

@@ -249,12 +249,12 @@ def test_wrong_values_are_seen(monkeypatch):
     """A way that is wrong is followed by the next; if none is left, nothing is used."""
     right, tried = BACKENDS["openvino"].make.__func__, []
 
-    def wrong_at_first(cls, graph, inputs, dtype, way, folder):
+    def wrong_at_first(cls, graph, inputs, way, folder):
         tried.append(way)
         if len(tried) == 1:
             graph = copy.deepcopy(graph)
             graph.encoder.blocks[0].mlp.lin1.weight.mul_(1.5)
-        right(cls, graph, inputs, dtype, way, folder)
+        right(cls, graph, inputs, way, folder)
 
     monkeypatch.setattr(BACKENDS["openvino"], "make", classmethod(wrong_at_first))
     found = model(TINY_EXACT, "openvino", None).image_encoder(batch())
