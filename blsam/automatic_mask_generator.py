@@ -1,5 +1,5 @@
 """`segment_anything`'s mask generator on our predictor: crops tell the encoder what is padding, and only the masks
-that pass the first filter are ever made at the photo's size."""
+that pass the first filter are ever made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from segment_anything.utils.amg import (
     uncrop_masks,
 )
 
-from .decoding import decode
+from .decoding import confident
 from .images import as_photo
 from .predictor import SamPredictor
 
@@ -51,19 +51,15 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
     ) -> MaskData:
         """Masks of the points [N, 2] (x, y in the crop) that pass the filters, as run-lengths of the whole photo.
 
-        `segment_anything` scales all three masks of every point up and filters then; here the predicted IoU decides
-        first, and what it leaves is scaled up, judged and encoded `CHUNK` masks at a time.
+        `segment_anything` makes all three masks of every point, scales them up and filters then; here the predicted IoU
+        decides first, and what it leaves is made, scaled up, judged and encoded `CHUNK` masks at a time.
         """
-        found = decode(self.predictor, points=[[(float(x), float(y), 1)] for x, y in points])
-        scores, logits = found.scores.flatten(), found.logits.flatten(0, 1)
-        kept = torch.arange(len(scores), device=scores.device)
-        if self.pred_iou_thresh > 0.0:
-            kept = kept[scores > self.pred_iou_thresh]
+        found = confident(self.predictor, points, self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None)
+        of_point = torch.as_tensor(points, device="cpu")[found.prompts.cpu()]
         data = MaskData()
-        for part in kept.split(CHUNK):  # of nothing, one part without masks
+        for part in torch.arange(len(of_point)).split(CHUNK):  # of nothing, one part without masks
             # float64, as in SAM, and so on the CPU: not every device has it
-            of_point = torch.as_tensor(points, device="cpu")[(part // found.scores.shape[1]).cpu()]
-            data.cat(self._process_masks(logits[part], scores[part], of_point, crop_box, orig_size))
+            data.cat(self._process_masks(found.logits[part], found.scores[part], of_point[part], crop_box, orig_size))
         return data
 
     def _process_masks(

@@ -1,4 +1,5 @@
-"""Many prompts on the photo that a predictor holds, decoded together; only the masks that are chosen are upscaled.
+"""Many prompts on the photo that a predictor holds, decoded together; only the masks that are chosen are upscaled,
+and of many points only those that the decoder is sure of are made at all.
 
 Works on any predictor with SAM's interface (`model`, `features`, `transform`, `input_size`, `original_size`), so that
 others are measured in exactly the same way.
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from .modeling.mask_decoder import PhotoDecoder, is_sams
+
 CHUNK = 32  # prompts decoded at a time, which bounds the memory
+CELLS = 2**13  # tokens of the photo, for all prompts that `confident` decodes at a time: what caches hold
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,45 @@ def decode(
         found_logits.append(low.float())  # under autocast they are not
         found_scores.append(scores.float())
     return Candidates(torch.cat(found_logits), torch.cat(found_scores))
+
+
+@dataclass(frozen=True)
+class Confident:
+    """Masks that the decoder is sure of: logits [K, h, w] at low resolution, scores [K], prompts [K] int64, rising:
+    which prompt each belongs to."""
+
+    logits: torch.Tensor
+    scores: torch.Tensor
+    prompts: torch.Tensor
+
+
+@torch.no_grad()
+def confident(predictor: Any, points: np.ndarray, threshold: float | None) -> Confident:
+    """Of three candidate masks for each point [P, 2] (x, y in pixels of the photo) those with a predicted IoU above the
+    threshold; None: all. Others are not made, where the decoder is SAM's as released."""
+    model = predictor.model
+    if not is_sams(model.mask_decoder):
+        found = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points])
+        prompts, candidates = _above(found.scores, threshold)
+        return Confident(found.logits[prompts, candidates], found.scores[prompts, candidates], prompts)
+    given = torch.tensor(points, dtype=torch.float32, device=predictor.features.device)[:, None]  # [P, 1, 2]
+    coords = predictor.transform.apply_coords_torch(given, predictor.original_size)
+    sparse, dense = model.prompt_encoder((coords, torch.ones_like(coords[..., 0])), None, None)
+    decoder = PhotoDecoder(model.mask_decoder, predictor.features, model.prompt_encoder.get_dense_pe(), dense[:1])
+    size, parts = max(1, CELLS // predictor.features[0, 0].numel()), []
+    for start in range(0, len(points), size):
+        found = decoder.prompted(sparse[start : start + size])
+        prompts, candidates = _above(found.scores, threshold)
+        logits = decoder.masks(found, prompts, candidates).float()  # under autocast they are not
+        parts.append((logits, found.scores[prompts, candidates].float(), prompts + start))
+    return Confident(*(torch.cat(column) for column in zip(*parts)))
+
+
+def _above(scores: torch.Tensor, threshold: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and candidates, [K] each, of the scores [P, M] above the threshold."""
+    chosen = torch.ones_like(scores, dtype=torch.bool) if threshold is None else scores > threshold
+    prompts, candidates = chosen.nonzero(as_tuple=True)
+    return prompts, candidates
 
 
 @torch.no_grad()

@@ -1,0 +1,168 @@
+"""SAM's mask decoder for many prompts on one photo: the same values from a third of the multiply-adds (ours).
+
+SAM repeats the photo's tokens for every prompt and projects them anew in every layer. But a prompt has few tokens, T
+(seven for a click), and a photo many, n; so what projects the photo's tokens is moved to the other side of the product,
+where it costs T rows instead of n:
+
+    logits = q (x Wk)^T = (q Wk^T) x^T          softmax(logits) (x Wv) = (softmax(logits) x) Wv        a prompt looks
+    logits = (x Wq) k^T = x (k Wq^T)^T          softmax(logits) v Wo   = softmax(logits) (v Wo)        the photo looks
+
+Masks are made afterwards, of the candidates that are asked for: a filter on the predicted IoU leaves most of them out,
+and making them is a quarter of SAM's decoder.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+from torch import nn
+
+from .layers import is_plain
+
+
+def is_sams(decoder: nn.Module) -> bool:
+    """Whether this is SAM's decoder as released, with nothing wrapped, hooked or put in the place of something."""
+    if type(decoder) is not MaskDecoder or type(decoder.transformer) is not TwoWayTransformer:
+        return False
+    if [(name, type(part)) for name, part in decoder.named_modules()] != _parts(
+        len(decoder.transformer.layers),
+        len(decoder.output_hypernetworks_mlps),
+        len(decoder.iou_prediction_head.layers),
+    ):
+        return False
+    hooked = (m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in decoder.modules())
+    return not any(hooked) and all(is_plain(m) for m in decoder.modules() if isinstance(m, nn.Linear))
+
+
+@functools.cache
+def _parts(depth: int, masks: int, iou_depth: int) -> list[tuple[str, type]]:
+    """Names and types of a decoder's modules."""
+    with torch.device("meta"):
+        transformer = TwoWayTransformer(depth, embedding_dim=16, num_heads=2, mlp_dim=16)
+        kwargs = {"num_multimask_outputs": masks - 1, "iou_head_depth": iou_depth}
+        decoder = MaskDecoder(transformer_dim=16, transformer=transformer, **kwargs)
+    return [(name, type(part)) for name, part in decoder.named_modules()]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """P prompts, decoded up to their masks.
+
+    scores [P, M]: predicted IoU of the candidates. hyper [P, M, 32]: what the mask of each is read out by. tokens
+    [P, n, C]: the photo's tokens as each prompt left them.
+    """
+
+    scores: torch.Tensor
+    hyper: torch.Tensor
+    tokens: torch.Tensor
+
+
+class PhotoDecoder:
+    """SAM's mask decoder on one photo, for prompts without a mask of their own.
+
+    decoder: one that `is_sams`. embedding, positions, dense: [1, C, h, w] each, the last what the prompt encoder gives
+    for no mask.
+    """
+
+    def __init__(
+        self, decoder: MaskDecoder, embedding: torch.Tensor, positions: torch.Tensor, dense: torch.Tensor
+    ) -> None:
+        self.decoder, self.grid = decoder, embedding.shape[2:]
+        self.photo = (embedding + dense)[0].flatten(1).T.contiguous()  # [1, C, h, w] -> [n, C]
+        self.positions = positions[0].flatten(1).T.contiguous()
+
+    def prompted(self, sparse: torch.Tensor, three: bool = True) -> Prompted:
+        """Prompts [P, N, C] of the prompt encoder -> three candidates each, or the single one."""
+        d = self.decoder
+        output = torch.cat([d.iou_token.weight, d.mask_tokens.weight]).expand(len(sparse), -1, -1)
+        hidden, tokens = self._transformed(torch.cat([output, sparse], dim=1))
+        wanted = range(1, d.num_mask_tokens) if three else range(1)
+        hyper = [d.output_hypernetworks_mlps[i](hidden[:, 1 + i]) for i in wanted]
+        return Prompted(
+            d.iou_prediction_head(hidden[:, 0])[:, wanted.start : wanted.stop], torch.stack(hyper, dim=1), tokens
+        )
+
+    def masks(self, prompted: Prompted, prompts: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+        """Logits [K, 4h, 4w] of the masks (prompt, candidate), int64 [K] each, the prompts rising."""
+        (h, w), wide = self.grid, self.decoder.output_upscaling
+        needed, of_needed = prompts.unique_consecutive(return_inverse=True)
+        x = _twice(wide[0], prompted.tokens[needed])  # [P', n, 2 * 2, C1]
+        x = wide[2](F.layer_norm(x, x.shape[-1:], wide[1].weight, wide[1].bias, wide[1].eps))
+        x = wide[4](_twice(wide[3], x)).flatten(1, 3)  # [P', n, 4, 4, C2] -> [P', n * 16, C2]
+        hyper = prompted.hyper[prompts, candidates]  # [K, C2]
+        found = torch.cat(
+            [torch.mm(hyper[of_needed == i], x[i].T) for i in range(len(needed))] or [hyper.new_zeros(0, h * w * 16)]
+        )
+        found = found.unflatten(1, (h, w, 2, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4, 6)  # [K, h, 2, 2, w, 2, 2]
+        return found.reshape(-1, 4 * h, 4 * w)
+
+    def _transformed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM's two-way transformer: a prompt's tokens [P, T, C] -> themselves and the photo's [P, n, C]."""
+        of_prompt, x, transformer = queries, self.photo, self.decoder.transformer
+        placed = x + self.positions  # [n, C], from the first layer on [P, n, C]
+        for layer in transformer.layers:
+            if layer.skip_first_layer_pe:
+                queries = layer.self_attn(q=queries, k=queries, v=queries)
+            else:
+                q = queries + of_prompt
+                queries = queries + layer.self_attn(q=q, k=q, v=queries)
+            queries = layer.norm1(queries)
+            queries = queries + look(layer.cross_attn_token_to_image, queries + of_prompt, placed, x)
+            queries = layer.norm2(queries)
+            queries = layer.norm3(queries + layer.mlp(queries))
+            x = layer.norm4(look_back(layer.cross_attn_image_to_token, x, placed, queries + of_prompt, queries))
+            placed = x + self.positions
+        queries = queries + look(transformer.final_attn_token_to_image, queries + of_prompt, placed, x)
+        return transformer.norm_final_attn(queries), x
+
+
+def look(attn: Any, queries: torch.Tensor, placed: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a prompt's tokens [P, T, C] see of the photo's, with their positions and as they are, [n, C] or [P, n, C] each.
+
+    -> [P, T, C]. The bias of the keys adds the same to all logits of a row, and is left out.
+    """
+    q, (wk, wv) = by_head(attn, attn.q_proj(queries)), (of_heads(attn, attn.k_proj), of_heads(attn, attn.v_proj))
+    asked = torch.einsum("phtd,hdc->phtc", q * q.shape[-1] ** -0.5, wk).flatten(1, 2)  # [P, heads * T, C]
+    seen = (asked @ placed.mT).softmax(dim=-1) @ x  # [P, heads * T, n] -> [P, heads * T, C]
+    values = torch.einsum("phtc,hdc->pthd", seen.unflatten(1, q.shape[1:3]), wv).flatten(2)
+    return attn.out_proj(values + attn.v_proj.bias)
+
+
+def look_back(
+    attn: Any, x: torch.Tensor, placed: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """The photo's tokens x, [n, C] or [P, n, C], with what they see of a prompt's, [P, T, C]: -> [P, n, C].
+
+    A row's weights add up to 1 in each head, so that the bias of the last layer can be given to what is weighed.
+    """
+    k, v = by_head(attn, attn.k_proj(keys)), by_head(attn, attn.v_proj(values))
+    k = k * k.shape[-1] ** -0.5
+    asked = torch.einsum("phtd,hdc->phtc", k, of_heads(attn, attn.q_proj)).flatten(1, 2)  # [P, heads * T, C]
+    bias = (k * attn.q_proj.bias.view(attn.num_heads, 1, -1)).sum(-1).flatten(1)  # [P, heads * T]
+    logits = (asked @ placed.mT).add_(bias[..., None])  # [P, heads * T, n]
+    weights = logits.unflatten(1, k.shape[1:3]).softmax(dim=2).flatten(1, 2)  # over T
+    wo = attn.out_proj.weight.unflatten(1, (attn.num_heads, -1))  # [C, heads, d]
+    weighed = torch.einsum("phtd,chd->phtc", v, wo).flatten(1, 2) + attn.out_proj.bias / attn.num_heads
+    return torch.baddbmm(x.expand(len(k), -1, -1), weights.mT, weighed)
+
+
+def of_heads(attn: Any, layer: nn.Linear) -> torch.Tensor:
+    """A projection's weight, [heads * d, C] -> [heads, d, C]."""
+    return layer.weight.unflatten(0, (attn.num_heads, -1))
+
+
+def by_head(attn: Any, x: torch.Tensor) -> torch.Tensor:
+    """[P, T, heads * d] -> [P, heads, T, d]."""
+    return x.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+
+
+def _twice(layer: nn.ConvTranspose2d, x: torch.Tensor) -> torch.Tensor:
+    """A transposed convolution whose kernel is its stride, on pixels one by one: [..., C] -> [..., 2 * 2, C']."""
+    weight = layer.weight.permute(2, 3, 1, 0).flatten(0, 2)  # [C, C', 2, 2] -> [2 * 2 * C', C]
+    assert layer.bias is not None
+    return F.linear(x, weight, layer.bias.repeat(4)).unflatten(-1, (4, -1))

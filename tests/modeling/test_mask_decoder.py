@@ -1,0 +1,76 @@
+"""SAM's mask decoder on one photo, beside `segment_anything`'s."""
+
+import copy
+
+import pytest
+import torch
+from segment_anything.modeling import MaskDecoder, TwoWayTransformer
+from torch import nn
+
+from blsam.modeling.mask_decoder import PhotoDecoder, is_sams
+
+
+def random_decoder(dim=32, depth=2):
+    """SAM's decoder, small, with weights that make every part matter."""
+    torch.manual_seed(0)
+    transformer = TwoWayTransformer(depth=depth, embedding_dim=dim, num_heads=4, mlp_dim=48)
+    decoder = MaskDecoder(transformer_dim=dim, transformer=transformer).eval()
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return decoder
+
+
+def photo(dim=32, height=6, width=6):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    return draw(1, dim, height, width), draw(1, dim, height, width), draw(1, dim, height, width), draw(5, 2, dim)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("three", [True, False])
+@torch.no_grad()
+def test_all_masks_equal_segment_anything_s(depth, three):
+    decoder, (embedding, positions, dense, sparse) = random_decoder(depth=depth), photo()
+    expected, scores = decoder(embedding, positions, sparse, dense.expand(5, -1, -1, -1), three)
+    ours = PhotoDecoder(decoder, embedding, positions, dense)
+    found = ours.prompted(sparse, three)
+    count = scores.shape[1]
+    prompts, candidates = torch.arange(5).repeat_interleave(count), torch.arange(count).repeat(5)
+    masks = ours.masks(found, prompts, candidates).view_as(expected)
+    assert found.scores.shape == scores.shape
+    for name, a, b in (("scores", found.scores, scores), ("masks", masks, expected)):
+        gap = ((a - b).abs().max() / b.std()).item()
+        assert gap < 1e-4, f"{name} differ by {gap:.1e} of their standard deviation"
+
+
+@torch.no_grad()
+def test_some_masks_are_those_of_all():
+    decoder, (embedding, positions, dense, sparse) = random_decoder(), photo(height=4, width=6)
+    ours = PhotoDecoder(decoder, embedding, positions, dense)
+    expected, _ = decoder(embedding, positions, sparse, dense.expand(5, -1, -1, -1), True)
+    found = ours.prompted(sparse)
+    prompts, candidates = torch.tensor([0, 2, 2, 4]), torch.tensor([1, 0, 2, 2])
+    assert torch.allclose(ours.masks(found, prompts, candidates), expected[prompts, candidates], rtol=1e-4, atol=1e-3)
+    none = torch.zeros(0, dtype=torch.int64)
+    assert ours.masks(found, none, none).shape == (0, 16, 24)
+
+
+def test_a_decoder_that_somebody_changed_is_not_taken_apart():
+    decoder = random_decoder()
+    assert is_sams(decoder)
+
+    hooked = copy.deepcopy(decoder)
+    hooked.transformer.layers[0].mlp.register_forward_hook(lambda *_: None)
+    other = copy.deepcopy(decoder)
+    other.transformer.final_attn_token_to_image.q_proj = nn.Sequential(nn.Linear(32, 16))
+
+    class Another(MaskDecoder):
+        pass
+
+    subclass = copy.deepcopy(decoder)
+    subclass.__class__ = Another
+    replaced = copy.deepcopy(decoder)
+    replaced.transformer.forward = lambda *args: None
+    for changed in (hooked, other, subclass, replaced):
+        assert not is_sams(changed)
