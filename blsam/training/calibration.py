@@ -286,6 +286,8 @@ class Calibration:
                 return cosine_distance(self.model.compared(x), self.model.compared(goal))[self._real(sizes)].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
+        if not parameters:  # without narrow blocks there is nothing to correct
+            return loss(0).item()
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
 
     # --- fitting one branch -------------------------------------------------------------------------------------
