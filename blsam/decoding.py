@@ -88,9 +88,9 @@ def confident(predictor: Any, points: np.ndarray, threshold: float | None) -> Co
     threshold; None: all. Others are not made, where the decoder is SAM's as released."""
     model = predictor.model
     if not is_sams(model.mask_decoder):
-        found = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points])
-        prompts, candidates = _above(found.scores, threshold)
-        return Confident(found.logits[prompts, candidates], found.scores[prompts, candidates], prompts)
+        all_masks = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points])
+        prompts, candidates = _above(all_masks.scores, threshold)
+        return Confident(all_masks.logits[prompts, candidates], all_masks.scores[prompts, candidates], prompts)
     given = torch.tensor(points, dtype=torch.float32, device=predictor.features.device)[:, None]  # [P, 1, 2]
     coords = predictor.transform.apply_coords_torch(given, predictor.original_size)
     sparse, dense = model.prompt_encoder((coords, torch.ones_like(coords[..., 0])), None, None)

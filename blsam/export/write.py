@@ -66,10 +66,31 @@ def exported(
     with quiet():
         program = torch.onnx.export(
             graph, tuple(inputs.values()), dynamo=True, input_names=list(inputs), output_names=list(outputs),
-            opset_version=OPSET, dynamic_shapes=shapes, verbose=False,
+            opset_version=OPSET, dynamic_shapes=shapes, verbose=False, optimize=False,
         )  # fmt: skip
-    assert program is not None  # it is where no file is named
+        assert program is not None  # it is where no file is named
+        slim(program.model)
     return program.model_proto
+
+
+def slim(model: Any) -> None:
+    """Fold what is constant and drop what is not used, in place: the exporter's own optimisation without its rules for
+    patterns, which take longer than all else and gain nothing here."""
+    from onnx_ir.passes import Sequential, common
+    from onnxscript import optimizer
+
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def is_large(module: torch.nn.Module) -> bool:

@@ -25,7 +25,7 @@ from torch import nn
 from .layers import is_plain
 
 
-def is_sams(decoder: nn.Module) -> bool:
+def is_sams(decoder: Any) -> bool:
     """Whether this is SAM's decoder as released, with nothing wrapped, hooked or put in the place of something."""
     if type(decoder) is not MaskDecoder or type(decoder.transformer) is not TwoWayTransformer:
         return False
