@@ -3,6 +3,7 @@ that pass the first filter are ever made."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ from .decoding import confident
 from .images import as_photo
 from .predictor import SamPredictor
 
-CHUNK = 16  # masks at the photo's size at a time
+CHUNK, CHUNK_ON_GPU = 4, 64  # masks at the photo's size at a time: what a processor's caches hold, what a GPU wants
+
+
+class Unchanged(list):
+    """A list that nobody changes: SAM copies the run-lengths of all masks, number by number, each time it joins some."""
+
+    def __deepcopy__(self, memo: Any) -> Unchanged:
+        return self
 
 
 class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
@@ -34,9 +42,10 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
     def generate(self, image: Any) -> list[dict[str, Any]]:
         """Masks of everything in an image, uint8 [H, W, 3] or anything that `images.as_photo` reads as one; one record
         for each, as in `segment_anything`."""
+        photo, device = as_photo(image), self.predictor.device
         # release 1.0 makes the categories of its NMS on the default device, which fails beside boxes on CUDA
-        with torch.device(self.predictor.device):
-            return super().generate(as_photo(image))
+        with nullcontext() if device.type == "cpu" else torch.device(device):
+            return super().generate(photo)
 
     def _process_crop(self, image: np.ndarray, crop_box: list[int], *rest: Any) -> MaskData:
         x1, y1, x2, y2 = crop_box
@@ -52,14 +61,16 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         """Masks of the points [N, 2] (x, y in the crop) that pass the filters, as run-lengths of the whole photo.
 
         `segment_anything` makes all three masks of every point, scales them up and filters then; here the predicted IoU
-        decides first, and what it leaves is made, scaled up, judged and encoded `CHUNK` masks at a time.
+        decides first, and what it leaves is made, scaled up, judged and encoded a few masks at a time.
         """
         found = confident(self.predictor, points, self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None)
         of_point = torch.as_tensor(points, device="cpu")[found.prompts.cpu()]
         data = MaskData()
-        for part in torch.arange(len(of_point)).split(CHUNK):  # of nothing, one part without masks
+        chunk = CHUNK if self.predictor.device.type == "cpu" else CHUNK_ON_GPU
+        for part in torch.arange(len(of_point)).split(chunk):  # of nothing, one part without masks
             # float64, as in SAM, and so on the CPU: not every device has it
             data.cat(self._process_masks(found.logits[part], found.scores[part], of_point[part], crop_box, orig_size))
+        data["rles"] = Unchanged(data["rles"])
         return data
 
     def _process_masks(
@@ -81,6 +92,6 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         data["boxes"] = batched_mask_to_box(data["masks"])
         height, width = orig_size
         data.filter(~is_box_near_crop_edge(data["boxes"], crop_box, [0, 0, width, height]))
-        data["rles"] = mask_to_rle_pytorch(uncrop_masks(data["masks"], crop_box, height, width))
+        data["rles"] = Unchanged(mask_to_rle_pytorch(uncrop_masks(data["masks"], crop_box, height, width)))
         del data["masks"]
         return data
