@@ -68,8 +68,8 @@ class Entry:
 
 DENSE = Entry("vit_t", None)
 RIVALS = [Entry("evit_vit_t", 0.7), Entry("evo_vit_t", 0.5)]
-RIVALS += [Entry(f"{name}_vit_t", keep) for name in ("sparse", "strided") for keep in (0.5, 0.25, 0.1)]
-OURS = [Entry("blsam_vit_t", keep, "calibrated") for keep in (0.5, 0.25, 0.1)]
+RIVALS += [Entry(f"{name}_vit_t", keep) for keep in (0.25, 0.5, 0.1) for name in ("sparse", "strided")]
+OURS = [Entry("blsam_vit_t", keep, "calibrated") for keep in (0.25, 0.5, 0.1)]
 TRAINED = [Entry("blsam_vit_t", 0.25, "trained"), Entry("evit_vit_t", 0.7, "trained")]
 TRAINED += [
     Entry("evo_vit_t", 0.5, "trained"),

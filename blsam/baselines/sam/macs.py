@@ -111,7 +111,7 @@ BLOCKS = {True: 64, False: 4}  # of the order of an image, of a window
 def keys_of(n: int, keep_ratio: float, over_image: bool) -> tuple[int, int]:
     """Of n tokens of an image or a window: how many answer all, in whole blocks, and how many make a block."""
     block = max(1, n // BLOCKS[over_image])
-    return block * max(1, math.floor(BLOCKS[over_image] * keep_ratio + 1e-9)), block
+    return block * max(1, math.floor(keep_ratio * n / block + 1e-9)), block
 
 
 def fed_of(n: int, keep_ratio: float) -> int:
