@@ -167,5 +167,7 @@ def check_together(args: argparse.Namespace) -> None:
         raise UsageError("--train decoder keeps the image encoder as it is: a teacher has nothing to teach")
     if MODELS[args.model].routed and args.init is None and args.teacher not in DENSE:
         raise UsageError(f"{args.model} starts from --init or from a dense --teacher")
+    if MODELS[args.model].rule is not None and (args.strategy == "fsdp" or args.checkpointing):
+        raise UsageError(f"{args.model} does not run its blocks whole: no --strategy fsdp, no --checkpointing")
     if args.train == "decoder" and args.init is None:
         raise UsageError("--train decoder needs --init")

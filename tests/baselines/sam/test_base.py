@@ -89,10 +89,14 @@ def test_what_it_does_not_do_is_said_in_a_line(rule):
         torch.export.export(encoder, (x,))
 
 
-def test_the_command_line_exports_none_of_them(capsys, tmp_path):
+def test_the_command_line_says_what_they_are_not_for(capsys, tmp_path):
     assert main(["export", "--model", "evit_vit_t", "-o", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert "invalid choice: 'evit_vit_t'" in said and said.count("\n") == 1, said
+    run = ["train", "--model", "evo_vit_t", "--init", str(tmp_path), "--data", str(tmp_path), "--steps", "1"]
+    assert main([*run, "--output", str(tmp_path / "run"), "--checkpointing"]) == 2
+    said = capsys.readouterr().err
+    assert "does not run its blocks whole" in said and said.count("\n") == 1, said
 
 
 def test_the_registry_has_them_with_the_dense_models_weights():
