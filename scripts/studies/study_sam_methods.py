@@ -20,7 +20,6 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,8 @@ from scripts.benchmarks.benchmark_row import Row
 PROMPTS = ("box", "random")
 COMPARED = 32  # photos, for the cosine
 SIZE = 512
+DTYPES = ("float32", "bfloat16")
+TIMED = ("model", "keep_ratio", "dtype", "threads", "rounds", "gmacs", "median_s", "quartiles_s")
 
 
 @dataclass(frozen=True)
@@ -196,24 +197,19 @@ def weights_of(args: argparse.Namespace, entry: Entry) -> Path:
 
 
 def time_all(args: argparse.Namespace) -> None:
-    """Median seconds of an image in the encoder, in turn, one row for each model and keep ratio."""
-    threads = torch.get_num_threads()
-    row = partial(Row, image_size=SIZE, batch_size=1, true_size=None, device="cpu", threads=threads, compile=False)
-    entries = {(e.model, e.keep_ratio): e for e in ENTRIES}
-    checkpoints = {"blsam_vit_t": args.calibrated}
+    """Median seconds of an image in the encoder, in turn, one row for each model, keep ratio and type."""
+    checkpoints = {"blsam_vit_t": find_checkpoint("blsam_vit_t", None)}
     rows = [
-        row(model, dtype, keep, checkpoint=str(checkpoints.get(model, args.checkpoint)))
-        for model, keep in entries
-        for dtype in ("float32",)
-    ]
+        Row(model, dtype, keep, SIZE, 1, None, str(checkpoints.get(model, args.checkpoint)), "cpu",
+            torch.get_num_threads(), compile=False)
+        for model, keep in {(entry.model, entry.keep_ratio): None for entry in ENTRIES}
+        for dtype in DTYPES
+    ]  # fmt: skip
     with tqdm(total=args.rounds * len(rows), unit="pass", disable=not sys.stderr.isatty()) as bar:
         results = compare(rows, args.rounds, False, bar)
     machine = {"processor": processor(), "cores": os.cpu_count()} | provenance()
-    lines = [json.dumps({k: r[k] for k in (*TIMED, "median_s", "quartiles_s")} | machine) + "\n" for r in results]
+    lines = [json.dumps({key: result[key] for key in TIMED} | machine) + "\n" for result in results]
     write_text(args.times, "".join(lines))
-
-
-TIMED = ("model", "keep_ratio", "dtype", "threads", "rounds", "gmacs")
 
 
 # --- what the rows say -----------------------------------------------------------------------------------------------
@@ -238,20 +234,22 @@ def summary(row: dict[str, Any], dense: dict[str, Any]) -> str:
 
 def table(rows: list[dict[str, Any]], times: list[dict[str, Any]]) -> str:
     """A line for each row: operations, time, quality, minus the dense model, and minus bLSAM with weights of the kind."""
-    seconds = {(row["model"], row["keep_ratio"]): row["median_s"] for row in times}
+    seconds = {(row["model"], row["keep_ratio"], row["dtype"]): row["median_s"] for row in times}
     of = {(row["model"], row["keep_ratio"], row["weights"]): row for row in rows}
     dense, lines = of.get(DENSE.key), []
     if dense is None:
         return "no row of the dense model yet"
-    heads = ("model, keep ratio", "weights", "GMACs", "ms", "cosine", "box", "minus dense", "minus bLSAM at 0.25")
-    lines += [in_a_row([*heads, "point", "minus dense"]), "|" + 10 * "---|"]
+    heads = ["model, keep ratio", "weights", "GMACs", "ms, float32 / bfloat16", "cosine", "box", "minus dense"]
+    heads += ["minus bLSAM at 0.25", "point", "minus dense"]
+    lines += [in_a_row(heads), "|" + len(heads) * "---|"]
     for entry in ENTRIES:
         row = of.get(entry.key)
         if row is None:
             continue
         ours = of.get(("blsam_vit_t", 0.25, "trained" if entry.weights == "trained" else "calibrated"))
-        time = seconds.get((entry.model, entry.keep_ratio))
-        cells = [entry.name, entry.weights, f"{row['gmacs']:.2f}", "" if time is None else f"{1000 * time:.0f}"]
+        both = [seconds.get((entry.model, entry.keep_ratio, dtype)) for dtype in DTYPES]
+        time = " / ".join(f"{1000 * one:.0f}" for one in both if one is not None)
+        cells = [entry.name, entry.weights, f"{row['gmacs']:.2f}", time]
         box, point = (f"{values_of(row, prompt)[0].mean():.2f}" for prompt in PROMPTS)
         against = "" if ours is None or row is ours else minus(row, ours, "box")
         cells += [f"{row['cosine']:.3f}", box, minus(row, dense, "box"), against, point, minus(row, dense, "random")]

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from ...config import SparseRule
 from ...modeling.attention import Attention, grid_rel_pos
+from ...modeling.blocks import Block
 from ...modeling.layers import is_plain
 from ...modeling.product import BLOCK, Plain, one_hot_positions
 from ...modeling.routing import Stage
@@ -42,27 +43,29 @@ class SparseEncoder(ReducedEncoder):
         self, grid: torch.Tensor, keep_ratio: float, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[Stage]]:
         orders: dict[bool, torch.Tensor] = {}
-        shape, wide, kept, stages = grid.shape, self.options.wide == "prime", None, []
+        shape, stages, kept = grid.shape, [], None
         for i in range(self.config.depth):
             block, over_image = self.block(i), self.config.is_global(i)
             q, k, v = projections(block.attn, block.norm1(grid))
             if over_image not in orders:
                 orders[over_image] = order_of(k)
-            first = keys_of(k.shape[2] * k.shape[3], keep_ratio, over_image)
-            heads = few_answer(block.attn, q, k, v, orders[over_image], *first, wide)
+            first, length = keys_of(k.shape[2] * k.shape[3], keep_ratio, over_image)
+            wide = self.options.wide == "prime"
+            heads = few_answer(block.attn, q, k, v, orders[over_image], first, length, wide)
             grid = grid + block.attn.proj(whole(heads, shape))
             if over_image and kept is None:
-                ranks = orders[True].argsort(dim=2).float().mean(dim=1)  # [B, H*W], the lowest first
-                kept = padding_last(-ranks, real).argsort(dim=1, descending=True, stable=True)
-                kept = kept[:, : fed_of(kept.shape[1], keep_ratio)]
-                stages.append(self.stage(kept, shape, -ranks))
-            if over_image or kept is None:
-                grid = grid + block.feed_forward(grid)
-            else:
-                rows = grid.flatten(1, 2)
-                index = kept[..., None].expand(-1, -1, shape[3])
-                grid = rows.scatter_add(1, index, block.feed_forward(gather(rows, kept)).to(rows.dtype)).view(shape)
+                scores = -orders[True].argsort(dim=2).float().mean(dim=1)  # [B, H*W]
+                count = fed_of(scores.shape[1], keep_ratio)
+                kept = padding_last(scores, real).argsort(dim=1, descending=True, stable=True)[:, :count]
+                stages.append(self.stage(kept, shape, scores))
+            grid = grid + block.feed_forward(grid) if over_image or kept is None else fed(block, grid, kept)
         return grid.flatten(1, 2), stages
+
+
+def fed(block: Block, grid: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """The feed-forward part on some tokens, the others unchanged: grid [B, H, W, C], kept [B, k] int64."""
+    rows, index = grid.flatten(1, 2), kept[..., None].expand(-1, -1, grid.shape[3])
+    return rows.scatter_add(1, index, block.feed_forward(gather(rows, kept)).to(rows.dtype)).view(grid.shape)
 
 
 # --- windows with their padding --------------------------------------------------------------------------------------
@@ -92,9 +95,8 @@ def whole(heads: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The grid [B, H, W, C] of windows [G, heads, h, w, d], without their padding."""
     height, width = heads.shape[2:4]
     down, across = -(-shape[1] // height), -(-shape[2] // width)
-    x = (
-        heads.movedim(1, 3).flatten(3).unflatten(0, (shape[0], down, across))
-    )  # [G, h, w, heads, d], [B, nH, nW, h, w, d]
+    x = heads.movedim(1, 3).flatten(3)  # [G, heads, h, w, d] -> [G, h, w, C]
+    x = x.unflatten(0, (shape[0], down, across))  # -> [B, nH, nW, h, w, C]
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, : shape[1], : shape[2]]
 
 
