@@ -9,8 +9,8 @@ import torch
 from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 
 from . import checkpoint as ckpt
-from .config import CONFIGS, OUT_CHANNELS, EncoderConfig
-from .modeling.image_encoder import ImageEncoder
+from .baselines.sam.build import build_encoder
+from .config import MODELS, OUT_CHANNELS, REDUCED, EncoderConfig
 from .modeling.sam import Sam
 from .modeling.windows import PATCH
 from .runtimes.cache import default_folder
@@ -22,7 +22,7 @@ def build_sam(
     checkpoint: str | Path | None = None,
     *,
     image_size: int | None = None,
-    keep_ratio: float = 0.25,
+    keep_ratio: float | None = None,
     dtype: str = "float32",
     device: torch.device | str | None = None,
     runtime: str = "torch",
@@ -31,24 +31,29 @@ def build_sam(
     """A `Sam` in eval mode.
 
     Args:
-        config: a row of `CONFIGS`, or one of your own.
+        config: a row of `MODELS`, or one of your own.
         checkpoint: a file of torch's or safetensors, ours or SAM's; None: random weights, as in SAM.
         image_size: side of the square input in pixels, a multiple of 16. None: that of the checkpoint, 1024 without.
             Positions are resampled when it differs from the checkpoint's.
-        keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it).
+        keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it); None: the
+            model's own, 0.25 of a bLSAM. What it means to a model of `REDUCED`, its rule says.
         dtype: what the encoder's products are computed and its weights held in, "float32", "bfloat16" (half the
             memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where the device has
             instructions for it). Input, embedding and decoder are float32 whatever it is.
         device: where the model is put; None: where torch makes new tensors, which is the CPU unless it is told otherwise.
         runtime: what computes the encoder's passes, "torch", "openvino", "onnxruntime" (float32 alone), or "auto", the
             fastest on this kind of processor that is installed. A model with a checkpoint is compiled here, which takes
-            up to minutes the first time. Training and gradients stay torch's.
+            up to minutes the first time. Training and gradients stay torch's, and so do the models of `REDUCED`.
         cache: keep what was compiled in `runtimes.cache.default_folder()`, so that later starts take seconds.
 
     Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments,
     ImportError for a runtime that is not installed.
     """
     device = torch.get_default_device() if device is None else device
+    if config.rule is not None:
+        if runtime not in ("torch", "auto"):
+            raise ValueError(f"{config.name} is there for comparison and runs in torch alone, not in {runtime}")
+        runtime = "torch"
     runtime, compute = resolve(runtime, dtype, device)
     state = None
     if checkpoint is not None:
@@ -59,7 +64,7 @@ def build_sam(
 
     side = image_size // PATCH * config.grow
     sam = Sam(
-        ImageEncoder(config, image_size, keep_ratio),
+        build_encoder(config, image_size, keep_ratio),
         PromptEncoder(
             embed_dim=OUT_CHANNELS,
             image_embedding_size=(side, side),
@@ -95,14 +100,14 @@ def _builder(name: str) -> Builder:
         checkpoint: str | Path | None = None,
         *,
         image_size: int | None = None,
-        keep_ratio: float = 0.25,
+        keep_ratio: float | None = None,
         dtype: str = "float32",
         device: torch.device | str | None = None,
         runtime: str = "torch",
         cache: bool = True,
     ) -> Sam:
         return build_sam(
-            CONFIGS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device,
+            MODELS[name], checkpoint, image_size=image_size, keep_ratio=keep_ratio, dtype=dtype, device=device,
             runtime=runtime, cache=cache,
         )  # fmt: skip
 
@@ -132,4 +137,5 @@ sam_model_registry: dict[str, Builder] = {
     "blsam_vit_l": build_blsam_vit_l,
     "blsam_vit_b": build_blsam_vit_b,
     "blsam_vit_t": build_blsam_vit_t,
+    **{name: _builder(name) for name in REDUCED},
 }

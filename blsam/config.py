@@ -1,7 +1,7 @@
 """The models, as data: what design choices make a `vit_b`, a `blsam_vit_b` or a classifier.
 
 A segmenter is one row of `CONFIGS`, a classifier one of `CLASSIFIERS`. Everything else (registries, tests, MAC counts)
-is generated from these rows.
+is generated from these rows. `REDUCED` are dense segmenters under other people's token-reduction methods, to compare with.
 Layers are counted from 0. The paper (arXiv 2410.10267) gives the predictors of H+B "after layers 8, 16, 24" with nine
 full layers (counted from 0) and those of B+T "after 1, 4, 7, 10" with one full layer (counted from 1): this is the
 reading in which every routed layer has a score.
@@ -75,9 +75,9 @@ class LayersConfig:
 
     @property
     def identity(self) -> str | dict[str, Any]:
-        """What records of a run say of a model: the name of a row of `CONFIGS` or `CLASSIFIERS`, all fields of any
+        """What records of a run say of a model: the name of a row of `MODELS` or `CLASSIFIERS`, all fields of any
         other."""
-        return self.name if self in (CONFIGS.get(self.name), CLASSIFIERS.get(self.name)) else asdict(self)
+        return self.name if self in (MODELS.get(self.name), CLASSIFIERS.get(self.name)) else asdict(self)
 
     def e_heads_of(self, layer: int) -> int:
         """Heads of the narrow attention of a layer."""
@@ -97,24 +97,89 @@ class LayersConfig:
         return tuple(i for i in range(self.depth) if self.stage_of(i) == stage)
 
 
+# --- how other methods reduce the tokens of a dense encoder (`baselines.sam`) -----------------------------------------
+
+
+@dataclass(frozen=True)
+class EViTRule:
+    """EViT in SAM (arXiv 2202.07800; everything that SAM makes different is ours).
+
+    keep_ratio: of the tokens that reach a global layer, the last one left out. fuse: what is dropped in a window becomes
+    one token. fill: the embedding of a dropped token is that of its window's fused token; False: as it was dropped.
+    """
+
+    keep_ratio: float = 0.7
+    fuse: bool = True
+    fill: bool = False
+
+    def __post_init__(self) -> None:
+        if self.fill and not self.fuse:
+            raise ValueError("fill takes the fused tokens: it goes with fuse=True")
+
+
+@dataclass(frozen=True)
+class EvoViTRule:
+    """Evo-ViT in SAM (arXiv 2108.01390; everything that SAM makes different is ours).
+
+    keep_ratio: share of the tokens on the slow path. rep: the others are moved by what a representative token of their
+    window gains; False: they wait as they are.
+    """
+
+    keep_ratio: float = 0.5
+    rep: bool = True
+
+
+@dataclass(frozen=True)
+class SparseRule:
+    """All tokens ask, few answer; feed-forward parts on a share of the tokens. Without training.
+
+    keep_ratio: the density, of keys and of the tokens in the feed-forward parts of window layers. wide: what queries see
+    beside the shared keys: "block", those of their own block (SparseSAM's rule, arXiv 2605.17633), or "prime", the
+    tokens in the feed-forward part see all keys and the others nothing more (ours).
+    """
+
+    keep_ratio: float = 0.5
+    wide: str = "block"
+
+    def __post_init__(self) -> None:
+        if self.wide not in ("block", "prime"):
+            raise ValueError(f'wide must be "block" or "prime", is {self.wide!r}')
+
+
+Rule = EViTRule | EvoViTRule | SparseRule
+
+
 @dataclass(frozen=True, kw_only=True)
 class EncoderConfig(LayersConfig):
     """An image encoder. With no `predictor_layers` it is SAM's own (exact), otherwise big.LITTLE.
 
     `e_global_heads`: heads of the narrow attention over the whole image, None: `e_heads`. `grow`: cells of the
     embedding along a token's side, 1 as in SAM, 2 or 4 (ours: at half the input size a student answers on the grid of
-    its teacher).
+    its teacher). `rule`: another method that reduces the tokens of an exact encoder.
     """
 
     global_layers: tuple[int, ...]
     window: int
     e_global_heads: int | None = None
     grow: int = 1
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.grow not in (1, 2, 4):
             raise ValueError(f"grow must be 1, 2 or 4, is {self.grow!r}")
+        if self.rule is not None and self.routed:
+            raise ValueError(f"a rule is for a dense encoder, {self.name} is routed")
+
+    @property
+    def reduces(self) -> bool:
+        """Whether a keep ratio means anything to it."""
+        return self.routed or self.rule is not None
+
+    @property
+    def keep_ratio(self) -> float:
+        """What it keeps if nobody says."""
+        return 0.25 if self.rule is None else self.rule.keep_ratio
 
     def is_global(self, layer: int) -> bool:
         """Whether attention of this layer reaches over the whole image."""
@@ -126,6 +191,8 @@ class EncoderConfig(LayersConfig):
     @property
     def dense(self) -> EncoderConfig:
         """The exact model whose checkpoints this one is warm-started from (itself, for an exact model)."""
+        if self.rule is not None:
+            return replace(self, name=self.name.removeprefix(self.name.rpartition("vit_")[0]), rule=None)
         if not self.routed:
             return self
         return replace(self, name=self.name.removeprefix("blsam_"), e_global_heads=None, **PLAIN)
@@ -187,6 +254,20 @@ CONFIGS: dict[str, EncoderConfig] = {
         ),
     )
 }
+
+
+_RULES: dict[str, Rule] = {
+    "evit": EViTRule(),
+    "evo": EvoViTRule(),
+    "sparse": SparseRule(),
+    "strided": SparseRule(wide="prime"),
+}
+REDUCED: dict[str, EncoderConfig] = {
+    f"{method}_{config.name}": replace(config, name=f"{method}_{config.name}", rule=rule)
+    for method, rule in _RULES.items()
+    for config in (_H, _L, _B, _T)
+}
+MODELS = CONFIGS | REDUCED
 
 
 def _classifier(size: str, dim: int, heads: int) -> ClassifierConfig:

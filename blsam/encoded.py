@@ -49,7 +49,7 @@ class Identity:
         ratio = encoder.keep_ratio if keep_ratio is None else keep_ratio
         dtype = str(encoder.patch_embed.proj.weight.dtype).removeprefix("torch.")
         config = json.dumps(asdict(encoder.config), sort_keys=True)
-        return cls(config, fingerprint(encoder), encoder.img_size, ratio if encoder.config.routed else None, dtype)
+        return cls(config, fingerprint(encoder), encoder.img_size, ratio if encoder.config.reduces else None, dtype)
 
     def differences(self, other: Identity) -> list[str]:
         """In words, what the other has that this one has not; of models of different names the names alone."""

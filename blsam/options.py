@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import CONFIGS
+from .config import CONFIGS, REDUCED
 from .precision import DTYPES
 from .runtimes.choice import RUNTIMES, resolve
 
@@ -176,7 +176,11 @@ def computed_in(args: argparse.Namespace) -> dict[str, str]:
 
 
 def shipped_checkpoint(model: str) -> Path | None:
-    """The weights that ship with the package or lie in its repository; None where a model has none."""
+    """The weights that ship with the package or lie in its repository; None where a model has none.
+
+    Those of a model of `REDUCED` are its dense model's.
+    """
+    model = REDUCED[model].dense.name if model in REDUCED else model
     found = (folder / f"{model}.safetensors" for folder in WEIGHTS)
     return next((path for path in found if path.is_file()), None)
 

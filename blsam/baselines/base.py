@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torchvision.ops import stochastic_depth
 
 from ..config import ClassifierConfig
+from ..modeling.attention import Attention
 from ..modeling.blocks import Block
 from ..modeling.classifier import BLVisionTransformer, Classified, TokenAttention
 from ..modeling.layers import input_dtype
@@ -183,7 +184,7 @@ class Baseline(BLVisionTransformer):
         return layers_macs(config, self.patches, self.layer_tokens())
 
 
-def project(attn: TokenAttention, x: torch.Tensor) -> Projected:
+def project(attn: TokenAttention | Attention, x: torch.Tensor) -> Projected:
     """Queries, keys and values of normalised tokens [B, m, C]."""
     qkv = attn.qkv(x.to(input_dtype(attn.qkv))).unflatten(-1, (3, attn.num_heads, -1))
     return Projected(*qkv.permute(2, 0, 3, 1, 4))  # [B, m, 3, heads, d] -> [3, B, heads, m, d]

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..config import CONFIGS
+from ..config import MODELS
 from ..data.annotations import Annotations, Photo
 from ..distributed import Stopwatch, processes
 from ..evaluation.everything import FoundObjects, predict_everything
@@ -104,11 +104,12 @@ def run(args: argparse.Namespace) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which model is measured, and on what."""
     group = parser.add_argument_group("model")
-    names = f"{', '.join(CONFIGS)}, or PACKAGE:NAME of others, as segment_anything:vit_b"
+    names = f"{', '.join(MODELS)}, or PACKAGE:NAME of others, as segment_anything:vit_b"
     add_option(group, "--model", required=True, choices=None, default=None, help=names)
     add_option(group, "--checkpoint")
     group.add_argument("--random-weights", action="store_true", help="measure without a checkpoint, seeded by --seed")
-    add_option(group, "--keep-ratio", default=None)
+    words = "share of tokens that run through the wide blocks; default: the model's own, 0.25 of a bLSAM"
+    add_option(group, "--keep-ratio", default=None, help=words)
     add_option(group, "--image-size")
     predictors = ("blsam", "segment_anything")
     group.add_argument("--predictor", choices=predictors, default="blsam", help="the latter passes no extents")

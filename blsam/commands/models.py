@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..config import CONFIGS, OUT_CHANNELS, EncoderConfig
-from ..options import OPTIONS, shipped_checkpoint
+from ..config import MODELS, OUT_CHANNELS, EncoderConfig
+from ..options import shipped_checkpoint
 from ..precision import resolve_dtype
 from ..runtimes.choice import processor, resolve
 
@@ -20,14 +20,15 @@ def run(args: argparse.Namespace) -> None:
     """A table of the registry, GMACs at 1024."""
     import torch
 
-    from ..modeling.macs import encoder_macs, sam_macs
+    from ..baselines.sam.macs import config_macs
+    from ..modeling.macs import sam_macs
 
-    print(f"{'model':<12} {'parameters':>11} {'GMACs SAM':>10} {'GMACs ours':>11} {'keep ratio':>11}  weights")
-    for name, config in CONFIGS.items():
-        keep = f"{OPTIONS['--keep-ratio']['default']:g}" if config.routed else "-"
+    print(f"{'model':<13} {'parameters':>11} {'GMACs SAM':>10} {'GMACs ours':>11} {'keep ratio':>11}  weights")
+    for name, config in MODELS.items():
+        keep = f"{config.keep_ratio:g}" if config.reduces else "-"
         has = "shipped" if shipped_checkpoint(name) else "-"
-        dense, ours = sam_macs(config.dense) / 1e9, encoder_macs(config) / 1e9
-        print(f"{name:<12} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has}")
+        dense, ours = sam_macs(config.dense) / 1e9, config_macs(config) / 1e9
+        print(f"{name:<13} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has}")
     auto = str(resolve_dtype("auto")).removeprefix("torch.")
     on_gpu = torch.cuda.is_available() and str(resolve_dtype("auto", "cuda")).removeprefix("torch.")
     print(f"dtype auto on this processor ({processor()}): {auto}" + (f", on its GPU: {on_gpu}" if on_gpu else ""))

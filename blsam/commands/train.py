@@ -33,7 +33,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 from ..checkpoint import checked_path
-from ..config import CONFIGS
+from ..config import MODELS
 from ..options import UsageError, add_option, check_folder, parse_image_size, parse_ratios
 from ..training.loop import train
 from ..training.losses import DISTILLATION_LOSSES, MASK_LOSSES
@@ -45,7 +45,7 @@ from ..training.teachers import DENSE, TEACHERS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add_option(group, "--model", default=None, required=True)
+    add_option(group, "--model", choices=sorted(MODELS), default=None, required=True)
     add("--init", type=Path, help="checkpoint to start from, a calibrated one best; default: the teacher's weights")
     add("--teacher", choices=TEACHERS)
     add("--teacher-checkpoint", type=Path)
@@ -55,8 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--stage", choices=("all", "encoder"), help="encoder: L_fd alone, with the teacher's decoder")
     add("--train", choices=("all", "decoder"), help="decoder: the image encoder stays as it is")
     add_option(group, "--image-size", help="side of the model's input, a multiple of 16; default 1024")
-    more = {"type": parse_ratios, "metavar": "R[,R...]"}
-    add_option(group, "--keep-ratio", **more, help="each step draws one of them; validation takes the first")
+    more = {"type": parse_ratios, "metavar": "R[,R...]", "default": None}
+    words = "each step draws one of them; validation takes the first; default: the model's own, 0.25 of a bLSAM"
+    add_option(group, "--keep-ratio", **more, help=words)
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+", required=True, metavar="PATH", help="SA-1B: folders of NAME.jpg + NAME.json or"
@@ -94,7 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--compile", choices=("teacher",), help="torch.compile of the teacher")
     add("--output", type=Path, required=True, metavar="DIR", help="run folder")
     add("--resume", action="store_true", help="go on in it; torchrun's restarts do so by themselves")
-    given = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING and f.name != "device"}
+    left = ("device", "keep_ratio")
+    given = {f.name: f.default for f in fields(TrainSettings) if f.default is not MISSING and f.name not in left}
     parser.set_defaults(**given)
 
 
@@ -114,7 +116,9 @@ def settings_of(args: argparse.Namespace) -> TrainSettings:
         raise UsageError("give one of --epochs, --steps and --minutes")
     check_numbers(args)
     check_together(args)
-    values = vars(args) | {"model": CONFIGS[args.model], "data": tuple(args.data), "resume": goes_on(args)}
+    model = MODELS[args.model]
+    values = vars(args) | {"model": model, "data": tuple(args.data), "resume": goes_on(args)}
+    values["keep_ratio"] = args.keep_ratio or (model.keep_ratio,)
     return TrainSettings(**{f.name: values[f.name] for f in fields(TrainSettings)})
 
 
@@ -161,7 +165,9 @@ def check_together(args: argparse.Namespace) -> None:
         raise UsageError("--stage encoder and --train decoder leave nothing to train")
     if args.train == "decoder" and taught:
         raise UsageError("--train decoder keeps the image encoder as it is: a teacher has nothing to teach")
-    if CONFIGS[args.model].routed and args.init is None and args.teacher not in DENSE:
+    if MODELS[args.model].routed and args.init is None and args.teacher not in DENSE:
         raise UsageError(f"{args.model} starts from --init or from a dense --teacher")
+    if MODELS[args.model].rule is not None and (args.strategy == "fsdp" or args.checkpointing):
+        raise UsageError(f"{args.model} does not run its blocks whole: no --strategy fsdp, no --checkpointing")
     if args.train == "decoder" and args.init is None:
         raise UsageError("--train decoder needs --init")

@@ -13,7 +13,7 @@ import segment_anything
 import torch
 
 from ..build_sam import sam_model_registry
-from ..config import CONFIGS
+from ..config import MODELS
 from ..files import sha256
 from ..options import UsageError, builder_options, computed_in, find_checkpoint, one_line
 from ..predictor import SamPredictor
@@ -54,7 +54,7 @@ def load_subject(args: argparse.Namespace) -> Subject:
         "checkpoint": checkpoint.name if checkpoint else None,
         "sha256": sha256(checkpoint) if checkpoint else None,
         "image_size": encoder.img_size,
-        "keep_ratio": encoder.keep_ratio if ours and CONFIGS[args.model].routed else None,
+        "keep_ratio": encoder.keep_ratio if ours and MODELS[args.model].reduces else None,
         **computed_in(args),
         "predictor": args.predictor if ours else None,
         "device": predictor.model.device.type,
@@ -63,12 +63,10 @@ def load_subject(args: argparse.Namespace) -> Subject:
 
 
 def _ours(args: argparse.Namespace) -> tuple[Any, Path | None]:
-    if args.model not in CONFIGS:
-        raise UsageError(f"no model {args.model!r}: it is one of {', '.join(CONFIGS)}, or PACKAGE:NAME")
+    if args.model not in MODELS:
+        raise UsageError(f"no model {args.model!r}: it is one of {', '.join(MODELS)}, or PACKAGE:NAME")
     checkpoint = None if args.random_weights else find_checkpoint(args.model, args.checkpoint)
-    keep_ratio = 0.25 if args.keep_ratio is None else args.keep_ratio
-    build = sam_model_registry[args.model]
-    sam = build(checkpoint, **builder_options(args) | {"keep_ratio": keep_ratio})
+    sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
     kind = SamPredictor if args.predictor == "blsam" else segment_anything.SamPredictor
     return kind(sam), checkpoint
 

@@ -77,12 +77,15 @@ class ImageEncoder(Staged, ImageEncoderViT):
     """
 
     engine: Engine | None = None
+    rule: type = type(None)  # of the configurations that it computes
 
     def __init__(self, config: EncoderConfig, img_size: int = 1024, keep_ratio: float = 0.25) -> None:
         nn.Module.__init__(self)  # SAM's own would make its layers
         if img_size < PATCH or img_size % PATCH:
             raise ValueError(f"image size must be a multiple of {PATCH}, is {img_size}")
         checked_scorer(config)
+        if not isinstance(config.rule, self.rule):
+            raise ValueError(f"{config.name} is not for {type(self).__name__}: baselines.sam.build makes its encoder")
         self.config, self.img_size, self.keep_ratio = config, img_size, keep_ratio
         side = img_size // PATCH
         self.patch_embed = PatchEmbed(embed_dim=config.dim)
@@ -139,7 +142,7 @@ class ImageEncoder(Staged, ImageEncoderViT):
         keep_ratio = self.keep_ratio if keep_ratio is None else checked_ratio(keep_ratio)
         graph = exporting() or torch.compiler.is_compiling() or x.is_meta  # without values to look at
         if true_sizes is None:
-            true_sizes = unpadded_sizes(x) if self.predictors and keep_ratio < 1 and not graph else None
+            true_sizes = unpadded_sizes(x) if self.config.reduces and keep_ratio < 1 and not graph else None
         elif not isinstance(true_sizes, torch.Tensor):
             true_sizes = [(int(h), int(w)) for h, w in true_sizes]
 

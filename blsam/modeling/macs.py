@@ -24,22 +24,22 @@ def encoder_macs(
     real = win.real_counts(side, side, w, true_size or (image_size, image_size))
     prime = [keep_count(n, keep_ratio) for n in real]
 
-    total = _ends(config, tokens)
+    total = encoder_ends(config, tokens)
     for layer in range(config.depth):
         reach = (side, side) if config.is_global(layer) else (w, w)
         queries = tokens
         if config.stage_of(layer) is None or keep_ratio >= 1:
-            total += _attention(tokens, tokens, reach, dim, dim)
+            total += attention_macs(tokens, tokens, reach, dim, dim)
         else:
             queries = sum(prime)
             if config.semi_cross:
-                total += _attention(queries, tokens, reach, dim, dim)
+                total += attention_macs(queries, tokens, reach, dim, dim)
             else:
-                total += _attention(queries, queries, reach, dim, dim, _pairs(prime, config.is_global(layer)))
+                total += attention_macs(queries, queries, reach, dim, dim, _pairs(prime, config.is_global(layer)))
         total += queries * 8 * dim * dim
         if config.has_e_block(layer):
             e = config.e_dim
-            total += _attention(tokens, tokens, reach, dim, e) + tokens * (2 * dim * e + 8 * e * e)
+            total += attention_macs(tokens, tokens, reach, dim, e) + tokens * (2 * dim * e + 8 * e * e)
         if layer in config.predictor_layers:
             total += tokens * dim * 2
     return total
@@ -51,12 +51,12 @@ def sam_macs(config: EncoderConfig, image_size: int = 1024) -> int:
     tokens = side * side
     down, across = win.num_windows(side, side, w)
     padded = down * across * w * w
-    total = _ends(config, tokens)
+    total = encoder_ends(config, tokens)
     for layer in range(config.depth):
         if config.is_global(layer):
-            total += _attention(tokens, tokens, (side, side), dim, dim)
+            total += attention_macs(tokens, tokens, (side, side), dim, dim)
         else:
-            total += _attention(padded, padded, (w, w), dim, dim)
+            total += attention_macs(padded, padded, (w, w), dim, dim)
         total += tokens * 8 * dim * dim
     return total
 
@@ -85,20 +85,22 @@ def sequence_layer(dim: int, tokens: int, queries: int, e_dim: int = 0, semi_cro
     """A layer on a sequence without relative positions, `queries` of its tokens prime: 12 n C^2 + 2 n^2 C with all n of
     them and no narrow block (e_dim 0)."""
     keys = tokens if semi_cross else queries
-    total = _attention(queries, keys, (0, 0), dim, dim, queries * keys) + queries * 8 * dim * dim
+    total = attention_macs(queries, keys, (0, 0), dim, dim, queries * keys) + queries * 8 * dim * dim
     if e_dim:
-        total += _attention(tokens, tokens, (0, 0), dim, e_dim, tokens * tokens)
+        total += attention_macs(tokens, tokens, (0, 0), dim, e_dim, tokens * tokens)
         total += tokens * (2 * dim * e_dim + 8 * e_dim * e_dim)
     return total
 
 
-def _ends(config: EncoderConfig, tokens: int) -> int:
+def encoder_ends(config: EncoderConfig, tokens: int) -> int:
     """Patch embedding and neck."""
     grown = config.grow**2 if config.grow > 1 else 0
     return tokens * (3 * win.PATCH**2 * config.dim + config.dim * OUT_CHANNELS + (9 + grown) * OUT_CHANNELS**2)
 
 
-def _attention(queries: int, keys: int, reach: tuple[int, int], dim: int, inner: int, pairs: int | None = None) -> int:
+def attention_macs(
+    queries: int, keys: int, reach: tuple[int, int], dim: int, inner: int, pairs: int | None = None
+) -> int:
     """Projections, relative positions and both products; every query meets all keys of its reach unless pairs says."""
     projections = 2 * queries * dim * inner + 2 * keys * dim * inner
     positions = queries * inner * (reach[0] + reach[1])

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from blsam.config import CONFIGS
+from blsam.config import CONFIGS, MODELS
 from blsam.files import provenance
 from blsam.options import Parser, add_option, check_output, exit_status, parse_ratios
 from blsam.precision import DTYPES, resolve_dtype
@@ -105,7 +105,7 @@ def statistics_of(seconds: list[float]) -> dict[str, Any]:
 def agreement(row: Row, embeddings: dict[Row, torch.Tensor]) -> dict[str, Any]:
     """Gap to the same weights elsewhere: exact models to the reference, half precision to float32."""
     twin = replace(row, dtype="float32", compile=False, runtime="torch")
-    if not row.config.routed and not row.is_reference:
+    if not row.config.reduces and not row.is_reference:
         reference = replace(twin, model=REFERENCE + row.model)
         twin = reference if reference in embeddings else twin
     if twin == row or twin not in embeddings:
@@ -154,7 +154,7 @@ def numbers(text: str) -> list[int]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    names = [*CONFIGS, *(REFERENCE + name for name, config in CONFIGS.items() if not config.routed)]
+    names = [*MODELS, *(REFERENCE + name for name, config in CONFIGS.items() if not config.routed)]
     add("--models", required=True, type=lambda text: text.split(","), help=", ".join(names))
     add(
         "--dtypes",
@@ -162,7 +162,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=["float32", "bfloat16"],
         help="segment_anything: float32",
     )
-    add("--keep-ratios", type=parse_ratios, default=[0.25])
+    add("--keep-ratios", type=parse_ratios, help="default: each model's own, 0.25 of a bLSAM")
     add("--image-sizes", type=numbers, default=[1024])
     add("--batch-sizes", type=numbers, default=[1])
     add(
@@ -213,10 +213,11 @@ def rows_of(args: argparse.Namespace, size: int, batch: int) -> list[Row]:
     rows = []
     for model in args.models:
         reference = model.startswith(REFERENCE)
-        routed = CONFIGS[model.removeprefix(REFERENCE)].routed
+        config = MODELS[model.removeprefix(REFERENCE)]
+        ratios = args.keep_ratios or [config.keep_ratio]
         for runtime, dtype in ways(args, reference):
-            for keep in args.keep_ratios if routed else [None]:
-                for true_size in args.true_sizes if routed else [None]:
+            for keep in ratios if config.reduces else [None]:
+                for true_size in args.true_sizes if config.reduces else [None]:
                     for compiled in (
                         [False, True] if args.compile and not reference and runtime == "torch" else [False]
                     ):
@@ -249,7 +250,7 @@ def main() -> int:
                 for kind, share in result.get("profile", {}).items():
                     print(f"    {row_of(result).name:<34}{kind:<46}{100 * share:>5.1f} %")
             if args.floor:
-                for config, dtype in sorted({(row.config.name, row.dtype) for row in rows if not row.config.routed}):
+                for config, dtype in sorted({(row.config.name, row.dtype) for row in rows if not row.config.reduces}):
                     seconds = floor(CONFIGS[config], rows[0].image_size, getattr(torch, dtype))
                     print(f"{config} {dtype}: matrix products alone {seconds:.3f} s")
                     results.append(

@@ -19,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 
+from blsam.baselines.sam.build import build_encoder
+from blsam.baselines.sam.macs import config_macs
 from blsam.build_sam import build_sam
-from blsam.config import CONFIGS, EncoderConfig
+from blsam.config import MODELS, EncoderConfig
 from blsam.modeling.image_encoder import ImageEncoder
-from blsam.modeling.macs import encoder_macs, sam_macs
+from blsam.modeling.macs import sam_macs
 from blsam.precision import resolve_dtype
 from blsam.runtimes.backends import BACKENDS
 from blsam.runtimes.engine import Engine
@@ -48,7 +50,7 @@ class Row:
 
     @property
     def config(self) -> EncoderConfig:
-        return CONFIGS[self.model.removeprefix(REFERENCE)]
+        return MODELS[self.model.removeprefix(REFERENCE)]
 
     @property
     def is_reference(self) -> bool:
@@ -66,7 +68,7 @@ class Row:
         """Multiply-adds of one image, as the row's encoder computes it, in thousands of millions."""
         if self.is_reference:
             return sam_macs(self.config, self.image_size) / 1e9
-        return encoder_macs(self.config, self.image_size, self.keep_ratio or 1.0, self.true_size) / 1e9
+        return config_macs(self.config, self.image_size, self.keep_ratio or 1.0, self.true_size) / 1e9
 
 
 # --- one row's process -----------------------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ def build(row: Row) -> torch.nn.Module:
         encoder.load_state_dict(dense_weights(row.config, row.image_size))
     else:
         torch.manual_seed(1)
-        encoder = ImageEncoder(row.config, row.image_size)
+        encoder = build_encoder(row.config, row.image_size)
         encoder.load_state_dict(dense_weights(row.config, row.image_size), strict=not row.config.routed)
         encoder.use_dtype(resolve_dtype(row.dtype, row.device))
     encoder = encoder.eval().to(row.device)
