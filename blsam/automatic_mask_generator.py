@@ -26,7 +26,7 @@ CHUNK, CHUNK_ON_GPU = 4, 64  # masks at the photo's size at a time: what a proce
 
 
 class Unchanged(list):
-    """A list that nobody changes: SAM copies the run-lengths of all masks, number by number, each time it joins some."""
+    """A list that nobody changes: SAM copies run-lengths number by number whenever it joins them to others."""
 
     def __deepcopy__(self, memo: Any) -> Unchanged:
         return self
@@ -43,8 +43,9 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         """Masks of everything in an image, uint8 [H, W, 3] or anything that `images.as_photo` reads as one; one record
         for each, as in `segment_anything`."""
         photo, device = as_photo(image), self.predictor.device
-        # release 1.0 makes the categories of its NMS on the default device, which fails beside boxes on CUDA
-        with nullcontext() if device.type == "cpu" else torch.device(device):
+        # release 1.0 makes the categories of its NMS on the default device, which fails beside boxes on another
+        at_home = device.type == torch.get_default_device().type == "cpu"
+        with nullcontext() if at_home else torch.device(device):  # which slows every call
             return super().generate(photo)
 
     def _process_crop(self, image: np.ndarray, crop_box: list[int], *rest: Any) -> MaskData:
@@ -67,7 +68,8 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         of_point = torch.as_tensor(points, device="cpu")[found.prompts.cpu()]
         data = MaskData()
         chunk = CHUNK if self.predictor.device.type == "cpu" else CHUNK_ON_GPU
-        for part in torch.arange(len(of_point)).split(chunk):  # of nothing, one part without masks
+        for start in range(0, max(1, len(of_point)), chunk):  # of nothing, one part without masks
+            part = slice(start, start + chunk)
             # float64, as in SAM, and so on the CPU: not every device has it
             data.cat(self._process_masks(found.logits[part], found.scores[part], of_point[part], crop_box, orig_size))
         data["rles"] = Unchanged(data["rles"])

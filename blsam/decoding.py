@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from segment_anything.modeling import PromptEncoder
 
 from .modeling.mask_decoder import PhotoDecoder, is_sams
 
 CHUNK = 32  # prompts decoded at a time, which bounds the memory
-CELLS = 2**13  # tokens of the photo, for all prompts that `confident` decodes at a time: what caches hold
+CELLS, CELLS_ON_GPU = 2**13, 2**17  # tokens of the photo, for all prompts that `confident` decodes at a time
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,24 @@ class Confident:
 @torch.no_grad()
 def confident(predictor: Any, points: np.ndarray, threshold: float | None) -> Confident:
     """Of three candidate masks for each point [P, 2] (x, y in pixels of the photo) those with a predicted IoU above the
-    threshold; None: all. Others are not made, where the decoder is SAM's as released."""
-    model = predictor.model
-    if not is_sams(model.mask_decoder):
+    threshold; None: all. Others are not made, where prompt encoder and decoder are SAM's as released."""
+    model, features = predictor.model, predictor.features
+    if type(model.prompt_encoder) is not PromptEncoder or len(features) != 1 or not is_sams(model.mask_decoder):
         all_masks = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points])
         prompts, candidates = _above(all_masks.scores, threshold)
         return Confident(all_masks.logits[prompts, candidates], all_masks.scores[prompts, candidates], prompts)
-    given = torch.tensor(points, dtype=torch.float32, device=predictor.features.device)[:, None]  # [P, 1, 2]
+    given = torch.tensor(points, dtype=torch.float32, device=features.device)[:, None]  # [P, 1, 2]
     coords = predictor.transform.apply_coords_torch(given, predictor.original_size)
     sparse, dense = model.prompt_encoder((coords, torch.ones_like(coords[..., 0])), None, None)
-    decoder = PhotoDecoder(model.mask_decoder, predictor.features, model.prompt_encoder.get_dense_pe(), dense[:1])
-    size, parts = max(1, CELLS // predictor.features[0, 0].numel()), []
+    decoder = PhotoDecoder(model.mask_decoder, features, model.prompt_encoder.get_dense_pe(), dense[:1])
+    cells, parts = CELLS if features.device.type == "cpu" else CELLS_ON_GPU, []
+    size = max(1, cells // features[0, 0].numel())
     for start in range(0, len(points), size):
         found = decoder.prompted(sparse[start : start + size])
-        prompts, candidates = _above(found.scores, threshold)
-        logits = decoder.masks(found, prompts, candidates).float()  # under autocast they are not
-        parts.append((logits, found.scores[prompts, candidates].float(), prompts + start))
+        scores = found.scores.float()  # under autocast they are not
+        prompts, candidates = _above(scores, threshold)
+        logits = decoder.masks(found, prompts, candidates).float()
+        parts.append((logits, scores[prompts, candidates], prompts + start))
     return Confident(*(torch.cat(column) for column in zip(*parts)))
 
 

@@ -82,6 +82,31 @@ def test_everything_takes_photos_in_any_form():
         generator.generate(None)
 
 
+def test_nothing_of_a_batch_depends_on_the_default_device():
+    """Which is the GPU's while `generate` runs on one; here it is a device whose tensors cannot be looked at."""
+    small = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=128)
+    generator = SamAutomaticMaskGenerator(small, 2, pred_iou_thresh=0.1, stability_score_thresh=0.1)
+    photo = PHOTOS["landscape"]
+    generator.predictor.set_image(photo)
+    size, points = photo.shape[:2], np.array([[20.0, 20.0], [60.0, 40.0], [50.0, 50.0]])
+    expected = generator._process_batch(points, size, [0, 0, size[1], size[0]], size)
+    with torch.device("meta"):
+        found = generator._process_batch(points, size, [0, 0, size[1], size[0]], size)
+    assert len(expected["rles"]) > 0 and found["rles"] == expected["rles"]
+
+
+def test_a_model_that_is_not_on_the_default_device():
+    small = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=128)
+    generator = SamAutomaticMaskGenerator(small, 2, pred_iou_thresh=0.1, stability_score_thresh=0.1)
+    expected = generator.generate(PHOTOS["landscape"])
+    torch.set_default_device("meta")
+    try:
+        found = generator.generate(PHOTOS["landscape"])
+    finally:
+        torch.set_default_device(None)
+    assert expected and [one["bbox"] for one in found] == [one["bbox"] for one in expected]
+
+
 def test_the_generator_makes_its_tensors_where_the_model_is(monkeypatch):
     generator = SamAutomaticMaskGenerator(sam_model_registry["vit_t"](image_size=64).to("meta"), points_per_side=1)
     monkeypatch.setattr(sa.SamAutomaticMaskGenerator, "generate", lambda self, image: torch.zeros(1).device.type)

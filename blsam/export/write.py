@@ -74,8 +74,8 @@ def exported(
 
 
 def slim(model: Any) -> None:
-    """Fold what is constant and drop what is not used, in place: the exporter's own optimisation without its rules for
-    patterns, which take longer than all else and gain nothing here."""
+    """Fold what is constant and drop what is not used, in place. The exporter's own optimisation does so twice, and looks
+    for patterns to rewrite, which takes longer than all else and gains nothing here."""
     from onnx_ir.passes import Sequential, common
     from onnxscript import optimizer
 

@@ -46,7 +46,7 @@ class Sam(_Sam):
             return encoder(batch), Routing()
         if encoder is not ours or ours._compiled_call_impl is not None:
             # sizes as a tensor are no reason to compile again; a list of stages would break the graph
-            extents = torch.tensor(sizes, device=batch.device) if ours.config.routed else None
+            extents = torch.tensor(sizes, device=batch.device) if ours.config.reduces else None
             return encoder(batch, extents, keep_ratio), Routing()
         stages: list[Stage] = []
         return encoder(batch, sizes, keep_ratio, stages), Routing(tuple(stages))

@@ -101,7 +101,7 @@ class Calibration:
         self.fits: dict[str, float] = {}
         branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
-        weight += len(self.model.predictors) * (WEIGHTS["predictor"] + WEIGHTS["stage"])
+        weight += len(self.model.predictors) * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
         self.descent = Descent(settings.minutes, weight, settings.dtype, self.device)
 
     # --- the three passes ---------------------------------------------------------------------------------------
@@ -124,7 +124,8 @@ class Calibration:
             state = self._save(3, 0, ())
         fitted = torch.load(self.folder / "fitted.pt", weights_only=True)
         if state["pass"] == 3:
-            self._correct(state["layer"])
+            if any(block.e_block is not None for block in self.blocks.values()):
+                self._correct(state["layer"])
             self._save(4, 0, ())
         corrected, ratio = self._learnt(), [self.settings.keep_ratio]
         cosines = {"corrected": self.cosines(ratio)[0]}
@@ -286,8 +287,6 @@ class Calibration:
                 return cosine_distance(self.model.compared(x), self.model.compared(goal))[self._real(sizes)].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
-        if not parameters:  # without narrow blocks there is nothing to correct
-            return loss(0).item()
         return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
 
     # --- fitting one branch -------------------------------------------------------------------------------------

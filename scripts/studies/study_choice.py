@@ -111,7 +111,8 @@ def by_residual(scene: Scene) -> torch.Tensor:
 
 
 def by_attention(scene: Scene) -> torch.Tensor:
-    """Attention received in the layer before, a mean over heads and queries (A-MoD, arXiv 2412.20875)."""
+    """Attention received in the layer before, a mean over heads and queries (A-MoD, arXiv 2412.20875), computed with all
+    tokens wide: of a routed layer the model itself has a part of that map alone."""
     block: Any = scene.model.blocks[scene.model.config.predictor_layers[scene.number]]
     x = block.norm1(scene.before)
     return received_in_windows(block.attn, x) if isinstance(block.attn, Attention) else received(block.attn, x)
@@ -320,7 +321,8 @@ def rows(task: Segmenter | Classifier, args: argparse.Namespace, done: set[str])
             if name in done:
                 continue
             dense = dense or task.dense()
-            model = task.calibrated(width, args.output.with_suffix(f".{width}.safetensors"))
+            of_model = f"{args.weights[:8]}-{width}-{args.limit}-{args.seed}"
+            model = task.calibrated(width, args.output.with_suffix(f".{of_model}.safetensors"))
             found = {choice: task.measure(model, keep_ratio, choice) for choice in choices}
             yield [
                 {"of": name, "width": width, "keep_ratio": keep_ratio, "choice": choice, "dense": dense.values.mean()}

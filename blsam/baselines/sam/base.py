@@ -19,8 +19,8 @@ from .macs import reduced_macs
 class ReducedEncoder(ImageEncoder):
     """SAM's encoder, with its weights and no other, on fewer tokens. A method overrides `reduce`.
 
-    Called as any `ImageEncoder`, in training and evaluation alike. At keep ratio 1 and more it is the exact model. In
-    every ranking tokens that lie wholly in the image's padding come last, as in bLSAM (ours). It runs in torch, eagerly.
+    Called as any `ImageEncoder`, in training and evaluation alike. At keep ratio 1 and more it is the exact model. Where
+    tokens of the image are ranked, those wholly in its padding come last, as in bLSAM (ours). It runs in torch, eagerly.
     """
 
     config: EncoderConfig

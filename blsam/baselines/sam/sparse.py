@@ -13,6 +13,7 @@ Feed-forward parts, of window layers after the first global layer: on the share 
 the mean over heads, while the others pass unchanged. All others are dense: nothing stands for what they would skip.
 
 SparseSAM's code takes blocks of 64 tokens in windows, too, of which 14 x 14 tokens have three and a bit: quarters here.
+As there, the order of the keys knows nothing of the image's padding; the choice for the feed-forward parts does (ours).
 """
 
 from __future__ import annotations
