@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -62,6 +63,13 @@ class Variant:
 
 STUDENT, PLAIN = Variant(), Variant(weight=0)
 EVIT, EVO = Variant(baseline="evit", keep=0.7), Variant(baseline="evo_vit", keep=0.5)
+OTHERS = {  # near EViT's multiply-adds where the method can be set so; what lies beside its paper's default is ours
+    "DynamicViT": Variant(baseline="dynamic_vit", keep=0.7),
+    "ToMe": Variant(baseline="tome", keep=0.45),
+    "ATS": Variant(baseline="ats", keep=1.0),
+    "A-ViT": Variant(baseline="a_vit", keep=0.72),
+    "AdaViT": Variant(baseline="ada_vit", keep=0.8),
+}
 BARE = {"e_block": False, "e_layers": (), "semi_cross": False, "score": "norm"}  # pruning alone, by a rule
 LATE = {**BARE, "predictor_layers": (3, 6, 9)}
 TABLES: dict[str, dict[str, Variant]] = {
@@ -72,6 +80,7 @@ TABLES: dict[str, dict[str, Variant]] = {
         "EViT, no distillation": replace(EVIT, weight=0),
         "Evo-ViT": EVO,
         "Evo-ViT, no distillation": replace(EVO, weight=0),
+        **OTHERS,
         "bLViT, calibrated alone": Variant(start="calibrated", trained=False),
         "bLViT, calibrated start": Variant(start="calibrated"),
         "one fusion a block": Variant(model={"fuse": "block"}),
@@ -142,6 +151,11 @@ def key_of(variant: Variant) -> str:
     return json.dumps(changed, sort_keys=True)
 
 
+def folder_of(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
+    """Of a run."""
+    return args.output / (re.sub(r"[^a-z0-9._]+", "-", f"run {key_of(variant)} {seed}").strip("-"))
+
+
 def common(args: argparse.Namespace, output: Path, seed: int) -> ClassifierSettings:
     """What all runs have: light augmentation, since they are short."""
     return ClassifierSettings(
@@ -175,7 +189,8 @@ def run(settings: ClassifierSettings, steps: int) -> dict[str, Any]:
     curve = [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][:: max(1, len(lines) // 20)]
     minutes = max((line["minutes"] for line in lines if "minutes" in line), default=0.0)
     print(f"{settings.output.name}: {found['val_top1']:.2f}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return {"top1": found["val_top1"], "top5": found["val_top5"], "minutes": minutes, "curve": curve}
+    row = {"top1": found["val_top1"], "top5": found["val_top5"], "minutes": minutes, "curve": curve}
+    return row | ({"gmacs": found["val_gmacs"]} if "val_gmacs" in found else {})
 
 
 def teacher_of(args: argparse.Namespace) -> Path:
@@ -212,9 +227,8 @@ def one_run(args: argparse.Namespace, variant: Variant, seed: int) -> dict[str, 
     row: dict[str, Any] = {"variant": key_of(variant), "seed": seed}
     if not variant.trained:
         return row | measured_as_it_is(args, variant)
-    number = list(dict.fromkeys(key_of(v) for table in TABLES.values() for v in table.values())).index(key_of(variant))
     settings = replace(
-        common(args, args.output / f"{number:02d}-{seed}", seed),
+        common(args, folder_of(args, variant, seed), seed),
         model=variant.config,
         baseline=variant.baseline,
         keep_ratio=(variant.keep,),
