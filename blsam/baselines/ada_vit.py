@@ -263,5 +263,5 @@ def project_heads(attn: TokenAttention, x: torch.Tensor, heads: torch.Tensor) ->
 def add_heads(attn: TokenAttention, projected: Projected, heads: torch.Tensor) -> torch.Tensor:
     """What attention of these heads adds: [1, h, m, d] each -> [1, m, C]; without any, the last layer's bias."""
     attended = F.scaled_dot_product_attention(*projected) if len(heads) else projected.v
-    columns = channels_of(heads, attn.inner // attn.num_heads)
-    return partial_linear(attn.proj, attended.transpose(1, 2).flatten(2), columns=columns)  # [1, m, h * d] -> [1, m, C]
+    attended = attended.transpose(1, 2).flatten(2)  # [1, h, m, d] -> [1, m, h * d]
+    return partial_linear(attn.proj, attended, columns=channels_of(heads, attn.inner // attn.num_heads))

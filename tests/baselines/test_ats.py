@@ -54,7 +54,8 @@ def slow_ats(twin, x, points, first):
         weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)  # [heads, n, n]
         stay = list(range(n))
         if i >= first:
-            scores = [sum((weights[h, 0, j] * v[h, j].norm()).item() for h in range(3)) for j in range(1, n)]
+            row, length = weights[:, 0].tolist(), v.norm(dim=2).tolist()
+            scores = [sum(row[h][j] * length[h][j] for h in range(3)) for j in range(1, n)]
             sums = [sum(scores[: j + 1]) / sum(scores) for j in range(n - 1)]
             hits = {min(range(n - 1), key=lambda j: abs(sums[j] - (m + 0.5) / points)) for m in range(points)}
             stay = [0, *(1 + j for j in sorted(hits))]

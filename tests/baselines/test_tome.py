@@ -77,9 +77,10 @@ def slow_tome(twin, x, r):
         logits = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5 + torch.tensor(many).log()
         tokens = tokens + attn.proj((logits.softmax(-1) @ v).transpose(0, 1).reshape(1, n, -1))
         rows, mean = list(tokens[0]), k.mean(0)
+        cosine = F.cosine_similarity(mean[:, None], mean, dim=2).tolist()
         edges = []
         for a in range(2, n, 2):
-            best, b = max((F.cosine_similarity(mean[a], mean[b], dim=0).item(), -b) for b in range(1, n, 2))
+            best, b = max((cosine[a][b], -b) for b in range(1, n, 2))
             edges.append((-best, a, -b))
         total = [row * size for row, size in zip(rows, many)]
         gone = set()

@@ -50,7 +50,10 @@ class Half(nn.Module):
 
 
 def test_multiply_adds_are_a_mean_over_all_images():
-    batches = [(torch.tensor([[2e9], [3e9], [4e9]]), torch.tensor([0, 0, 0])), (torch.tensor([[7e9]]), torch.tensor([0]))]
+    batches = [
+        (torch.tensor([[2e9], [3e9], [4e9]]), torch.tensor([0, 0, 0])),
+        (torch.tensor([[7e9]]), torch.tensor([0])),
+    ]
     found = count_correct(Half(), batches, CPU)
     assert found == Correct(4, 4, 4, int(16e9)) and found.gmacs == 4
     assert Correct.together([found, found]) == Correct(8, 8, 8, int(32e9))
