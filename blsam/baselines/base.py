@@ -10,7 +10,8 @@ A method is a subclass that overrides the steps it changes; each takes the token
     after_block      halt (A-ViT), put back (Evo-ViT)
     finish           what the head reads, and what training looks at
 
-Every method really removes: what it drops is not computed. Parameters keep timm's names, so that DeiT's weights load.
+At inference what a method drops is not computed, unless its class says otherwise. Parameters keep timm's names, so that
+DeiT's weights load.
 """
 
 from __future__ import annotations

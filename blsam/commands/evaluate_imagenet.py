@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, metavar="FILE")
     add("--random-weights", action="store_true", help="measure --data without a checkpoint")
     add("--image-size", type=int, metavar="S", help="side of the input in pixels; default: the model's")
-    add("--baseline", choices=sorted(BASELINES), help="a method that drops or parks tokens of a plain --model")
+    add("--baseline", choices=sorted(BASELINES), help="a method that computes fewer tokens of a plain --model")
     add_option(group, "--keep-ratio", default=None, help="share of tokens; default 0.25, of a --baseline its paper's")
     add_option(group, "--dtype", default="float32")
     add_option(group, "--device")
