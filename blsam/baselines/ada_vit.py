@@ -9,7 +9,6 @@ inference they are thresholds, of the published code. A loss holds the mean use 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from ..config import ClassifierConfig
 from ..modeling.classifier import Classified, TokenAttention
 from ..modeling.layers import input_dtype
-from .base import Baseline, BaselineOptions, Projected, Tokens, full_precision, project
+from .base import Baseline, BaselineOptions, Projected, Tokens, full_precision, log_odds, project
 from .macs import LayerTokens
 
 TAU = 5.0  # temperature of the relaxed decisions
@@ -95,7 +94,7 @@ class AdaViT(Baseline):
     def __init__(self, config: ClassifierConfig, options: AdaViTOptions | None = None, **vit: Any) -> None:
         super().__init__(config, options, **vit)
         self.predictors = nn.ModuleList(
-            Policy(config.dim, config.heads, i == 0, min(self.options.keep_ratio, 0.99)) for i in range(config.depth)
+            Policy(config.dim, config.heads, i == 0, self.options.keep_ratio) for i in range(config.depth)
         )
 
     # --- decisions ---------------------------------------------------------------------------------------------------
@@ -195,10 +194,6 @@ class AdaViT(Baseline):
 def now(tokens: Tokens) -> Decisions | None:
     """Of the block that the tokens are in; None where all is computed."""
     return tokens.carried.decisions[-1] if tokens.carried.decisions else None
-
-
-def log_odds(p: float) -> float:
-    return math.log(p / (1 - p))
 
 
 def hard(logits: torch.Tensor, threshold: float) -> torch.Tensor:

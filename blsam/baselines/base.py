@@ -16,6 +16,7 @@ DeiT's weights load.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 
@@ -244,6 +245,12 @@ def full_precision(device: torch.device) -> torch.autocast:
     """Without autocast: where rounded scores would tie."""
     kind = device.type if torch.amp.is_autocast_available(device.type) else "cpu"  # "meta" has none
     return torch.autocast(kind, enabled=False)
+
+
+def log_odds(p: float) -> float:
+    """The logit of a probability, of at most 0.99."""
+    p = min(p, 0.99)
+    return math.log(p / (1 - p))
 
 
 def weighted_sum(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ..config import ClassifierConfig
 from ..modeling.blocks import NORM_EPS
 from ..modeling.classifier import Classified
 from ..modeling.layers import input_dtype
-from .base import Baseline, BaselineOptions, Projected, Tokens, full_precision, gather
+from .base import Baseline, BaselineOptions, Projected, Tokens, full_precision, gather, log_odds
 from .macs import LayerTokens
 
 EPS = 1e-6  # of the masked softmax
@@ -39,16 +39,18 @@ class DynamicViTOptions(BaselineOptions):
 class KeepPredictor(nn.Module):
     """Which patches stay: x [B, m, C] and the mask so far [B, m] -> log-probabilities [B, m, 2] float32, keep first.
 
-    Half of a patch's features are its own, the other half the mean over the patches that are left.
+    Half of a patch's features are its own, the other half the mean over the patches that are left. At first a share
+    `keep` of all draws stays (ours: the paper's start keeps half, and a short training does not leave that).
     """
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, keep: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.entry = nn.Linear(dim, dim)
-        self.exit = nn.Sequential(
-            nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU(), nn.Linear(dim // 4, 2)
-        )
+        half, quarter, last = dim // 2, dim // 4, nn.Linear(dim // 4, 2)
+        with torch.no_grad():
+            last.bias.copy_(torch.tensor([log_odds(keep), 0.0]))
+        self.exit = nn.Sequential(nn.Linear(dim, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), last)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with full_precision(x.device):
@@ -77,7 +79,9 @@ class DynamicViT(Baseline):
         super().__init__(config, options, **vit)
         if not set(self.options.stages) <= set(range(config.depth)):
             raise ValueError(f"stages must lie in 0 ... {config.depth - 1}, are {self.options.stages}")
-        self.predictors = nn.ModuleList(KeepPredictor(config.dim) for _ in self.options.stages)
+        self.predictors = nn.ModuleList(
+            KeepPredictor(config.dim, self.options.keep_ratio) for _ in self.options.stages
+        )
 
     def count(self, stage: int) -> int:
         """Patches that are left after stage 0, 1, ..."""

@@ -29,7 +29,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from blsam.baselines import BASELINES, build_baseline
-from blsam.baselines.ada_vit import PATCH_ON, log_odds
+from blsam.baselines.ada_vit import PATCH_ON
+from blsam.baselines.base import log_odds
 from blsam.build_classifier import build_classifier
 from blsam.config import CLASSIFIERS, ClassifierConfig
 from blsam.data.imagenet import EvaluationImages, EvaluationTransform, collate, open_images
@@ -72,7 +73,7 @@ OTHERS = {  # near EViT's multiply-adds where the method can be set so; what lie
     "ToMe": Variant(baseline="tome", keep=0.45),
     "ATS": Variant(baseline="ats", keep=1.0),
     "A-ViT": Variant(baseline="a_vit", keep=0.72),
-    "AdaViT": Variant(baseline="ada_vit", keep=0.55),
+    "AdaViT": Variant(baseline="ada_vit", keep=0.5),
 }
 BARE = {"e_block": False, "e_layers": (), "semi_cross": False, "score": "norm"}  # pruning alone, by a rule
 LATE = {**BARE, "predictor_layers": (3, 6, 9)}
@@ -285,19 +286,20 @@ def report(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:  # over all test images, where they decide
         if "gmacs" in row:
             found[row["variant"]]["mmacs"] = mean(r["gmacs"] for r in rows if r["variant"] == row["variant"]) * 1e3
+    if args.speeds is not None:
+        write_text(args.speeds, json.dumps({"teacher": teacher["top1"], "speeds": found}, indent=1) + "\n")
     for name, table in TABLES.items():
         print(f"\n### {name}\n\n| | top-1 | seeds | MMACs | batch 1 | batch {BATCH} |\n|---|---|---|---|---|---|")
         if name == "main":
             print(f"| dense teacher | {teacher['top1']:.2f} | | {cost(found['dense'])} |")
         for label, variant in table.items():
             top1 = [row["top1"] for row in rows if row["variant"] == key_of(variant)]
-            cell = f"{mean(top1):.2f}" + (f" (± {(max(top1) - min(top1)) / 2:.2f})" if len(top1) > 1 else "")
-            print(f"| {label} | {cell if top1 else '-'} | {len(top1)} | {cost(found[key_of(variant)])} |")
+            cell = f"{mean(top1):.2f}" if top1 else "-"
+            cell += f" (± {(max(top1) - min(top1)) / 2:.2f})" if len(top1) > 1 else ""
+            print(f"| {label} | {cell} | {len(top1)} | {cost(found[key_of(variant)])} |")
     print(f"\n### settings\n\n| | MMACs | batch 1 | batch {BATCH} |\n|---|---|---|---|")
     for label in ("dense", *settings):
         print(f"| {label} | {cost(found[label])} |")
-    if args.speeds is not None:
-        write_text(args.speeds, json.dumps({"teacher": teacher["top1"], "speeds": found}, indent=1) + "\n")
 
 
 def cost(found: dict[str, float]) -> str:

@@ -88,6 +88,15 @@ def test_gradients_reach_predictors_through_the_masks():
             assert parameter.grad is not None and parameter.grad.any(), name
 
 
+def test_training_begins_at_its_target():
+    """As good as: draws of random weights lie around it."""
+    torch.manual_seed(0)
+    model = build_baseline("dynamic_vit", MINI, keep_ratio=0.7).train()
+    places = model.classify(photos(64)).places
+    share = (places[:, 1:] >= 0).float().mean().item()
+    assert share == pytest.approx(0.343, abs=0.08)
+
+
 def test_training_draws_and_inference_does_not():
     model, x = build("dynamic_vit").train(), photos()
     torch.manual_seed(0)
