@@ -119,7 +119,8 @@ def test_half_precision(name, options):
     assert low.logits.dtype == torch.float32
     for found in (loose, low):
         assert model.by_image or found.tokens.shape == exact.tokens.shape
-        assert torch.nn.functional.cosine_similarity(found.logits.float(), exact.logits).min() > 0.97
+        least = 0.9 if model.by_image else 0.97  # a decision at its threshold may turn
+        assert torch.nn.functional.cosine_similarity(found.logits.float(), exact.logits).min() > least
 
 
 @pytest.fixture(scope="module")
