@@ -5,7 +5,9 @@
     python scripts/compare_imagenet.py --data IMAGENET --checkpoint vit_base_patch16_224=deit_base.pth ...
     python scripts/compare_imagenet.py --models vit_base_patch16_224,evit_base --dtype bfloat16 --batch-sizes 1,64
 
-Models run in turn, round by round, and the median is shown. Top-1 is measured where --data and a checkpoint are given;
+Models run in turn, round by round, and the median is shown. What ATS, A-ViT and AdaViT compute depends on weights and
+images: they are run if named in --models, with a checkpoint, and best with --data, over all of which their multiply-adds
+are then a mean (without: over one image of noise). Top-1 is measured where --data and a checkpoint are given;
 beside it stands what was published, with its source. All with 224 pixels, crop ratio 0.875, MobileViT with its 256.
 """
 
@@ -23,7 +25,7 @@ from blsam.baselines import BASELINES
 from blsam.config import CLASSIFIERS
 from blsam.distributed import World
 from blsam.evaluation.classifiers import Measured, labelled, load_classifier
-from blsam.evaluation.imagenet import accuracy, counted_macs, images_a_second
+from blsam.evaluation.imagenet import Correct, accuracy, counted_macs, images_a_second
 from blsam.files import provenance, write_json
 from blsam.options import Parser, UsageError, add_option, check_output, exit_status
 
@@ -51,17 +53,31 @@ PUBLISHED = {
     "evit_small": Published(79.5, 3.0, f"keep 0.7; {EVIT}"),
     "evo_vit_base": Published(81.3, 11.7, EVO),
     "evo_vit_small": Published(79.4, 3.0, EVO),
+    "dynamic_vit_base": Published(81.3, 11.2, "keep 0.7; DynamicViT, arXiv 2106.02034"),
+    "dynamic_vit_small": Published(79.3, 2.9, "keep 0.7; DynamicViT, arXiv 2106.02034"),
+    "tome_base": Published(None, None, "r 13"),
+    "tome_small": Published(79.4, 2.7, "r 13; ToMe, arXiv 2210.09461, its README"),
+    "ats_small": Published(79.7, 2.9, "ATS, arXiv 2111.15667, in others' tables"),
+    "a_vit_small": Published(78.6, 3.6, "A-ViT, arXiv 2112.07658, in others' tables"),
+    "ada_vit_small": Published(77.3, 2.3, "AdaViT, arXiv 2111.15668, its README"),
     "timm:efficientvit_m5": Published(77.1, 0.52, "EfficientViT, arXiv 2305.07027"),
     "timm:mobilevit_s": Published(78.4, 2.0, "MobileViT, arXiv 2110.02178, at 256"),
 }
 ROUTED = ("blvit_base_tiny_patch16_224", "blvit_small_tiny_patch16_224")
 MODELS = (*PUBLISHED, *ROUTED)
+BY_IMAGE = tuple(name for name in PUBLISHED if getattr(BASELINES.get(name.rpartition("_")[0]), "by_image", False))
+DEFAULT = tuple(name for name in MODELS if name not in BY_IMAGE)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--models", type=lambda text: text.split(","), default=list(MODELS), help=f"default: {', '.join(MODELS)}")
+    add(
+        "--models",
+        type=lambda text: text.split(","),
+        default=list(DEFAULT),
+        help=f"of {', '.join(MODELS)}; default: all but {', '.join(BY_IMAGE)}",
+    )
     add("--data", type=Path, nargs="+", metavar="PATH", help="labelled images, for top-1")
     add("--checkpoint", action="append", default=[], metavar="MODEL=FILE", help="weights of a model; may be repeated")
     add_option(parser, "--keep-ratio", help="of bLViT; default 0.25")
@@ -83,11 +99,16 @@ def main(argv: list[str] | None = None) -> int:
     weights = dict(pair.partition("=")[::2] for pair in args.checkpoint)
     if wrong := [name for name in weights if name not in args.models or not weights[name]]:
         raise UsageError(f"--checkpoint MODEL=FILE: {wrong[0]!r} is not one of --models, or has no file")
+    if bare := [name for name in args.models if name in BY_IMAGE and name not in weights]:
+        raise UsageError(f"what {bare[0]} computes depends on its weights: give --checkpoint {bare[0]}=FILE")
     check_output("--json", args.json, taken=[Path(path) for path in weights.values()], suffixes=(".json",))
     models = {name: load(name, weights.get(name), args) for name in args.models}
     rows = {name: facts(name, one) for name, one in models.items()}
     for name, row in rows.items():
-        row["top1"] = top1(models[name], args) if args.data and name in weights else None
+        row["top1"] = None
+        if args.data and name in weights:
+            found = correct(models[name], args)
+            row |= {"top1": found.top1} | ({"gmacs": found.gmacs} if found.macs else {})
     if args.seconds:
         time_in_turn(models, rows, args)
     print(table(rows, args))
@@ -121,9 +142,9 @@ def facts(name: str, one: Measured) -> dict[str, Any]:
     }
 
 
-def top1(one: Measured, args: argparse.Namespace) -> float:
-    """In percent, on the validation images."""
-    return accuracy(one, labelled(one, args.data), 64, 2, args.device, World()).top1
+def correct(one: Measured, args: argparse.Namespace) -> Correct:
+    """On the validation images."""
+    return accuracy(one, labelled(one, args.data), 64, 2, args.device, World())
 
 
 def time_in_turn(models: dict[str, Measured], rows: dict[str, Any], args: argparse.Namespace) -> None:
@@ -146,7 +167,7 @@ def table(rows: dict[str, Any], args: argparse.Namespace) -> str:
     for name, row in rows.items():
         published = row["published"]
         rates = [f"{row['images_per_second'][str(n)]:.1f}" for n in args.batch_sizes] if speeds else []
-        said = "" if published is None else f"{published['top1']}, {published['gmacs']}"
+        said = "" if published is None or published["top1"] is None else f"{published['top1']}, {published['gmacs']}"
         found = "-" if row["top1"] is None else f"{row['top1']:.2f}"
         source = "" if published is None else published["source"]
         lines.append(

@@ -11,11 +11,24 @@ import torch
 
 from ..build_classifier import with_weights
 from ..config import ClassifierConfig
+from .a_vit import AViT
+from .ada_vit import AdaViT
+from .ats import ATS
 from .base import Baseline
+from .dynamic_vit import DynamicViT
 from .evit import EViT
 from .evo_vit import EvoViT
+from .tome import ToMe
 
-BASELINES: dict[str, type[Baseline]] = {"evit": EViT, "evo_vit": EvoViT}
+BASELINES: dict[str, type[Baseline]] = {
+    "evit": EViT,
+    "evo_vit": EvoViT,
+    "dynamic_vit": DynamicViT,
+    "ats": ATS,
+    "a_vit": AViT,
+    "ada_vit": AdaViT,
+    "tome": ToMe,
+}
 
 
 def build_baseline(

@@ -32,10 +32,6 @@ class EViTOptions(BaselineOptions):
     fuse: bool = True
     schedule: bool = False
 
-    def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must be above 0 and at most 1, is {self.keep_ratio}")
-
 
 class EViT(Baseline):
     """A ViT with EViT's token reorganisation. Attributes: `ratio`, at which training is (see `begin_epoch`)."""

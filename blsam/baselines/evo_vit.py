@@ -38,8 +38,7 @@ class EvoViTOptions(BaselineOptions):
     layer_mode: float = 2 / 3
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise ValueError(f"keep_ratio must be above 0 and at most 1, is {self.keep_ratio}")
+        super().__post_init__()
         if not self.stages or list(self.stages) != sorted(set(self.stages)) or self.stages[0] < 1:
             raise ValueError(f"stages must rise and begin at 1 or later, are {self.stages}")
 

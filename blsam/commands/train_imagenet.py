@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--teacher", choices=PLAIN, help="a plain ViT of the student's width, whose tokens it learns")
     add("--teacher-checkpoint", type=Path, metavar="FILE")
     add("--image-size", type=int, metavar="S", help="side of the input in pixels; default: the model's")
-    add("--baseline", choices=sorted(BASELINES), help="a method that drops or parks tokens of a plain --model")
+    add("--baseline", choices=sorted(BASELINES), help="a method that computes fewer tokens of a plain --model")
     more: dict = {"type": parse_ratios, "metavar": "R[,R...]", "default": None}
     words = "each step draws one of them; validation takes the first; default 0.25, of a --baseline its paper's"
     add_option(group, "--keep-ratio", **more, help=words)

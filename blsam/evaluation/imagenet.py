@@ -20,11 +20,13 @@ from .classifiers import Measured
 
 @dataclass(frozen=True)
 class Correct:
-    """How many of so many images had their class first, and among the first five."""
+    """How many of so many images had their class first, and among the first five; macs: multiply-adds of all, of a
+    model that computes more of some than of others (0: of another)."""
 
     first: int
     five: int
     images: int
+    macs: int = 0
 
     @property
     def top1(self) -> float:
@@ -36,27 +38,37 @@ class Correct:
         """In percent."""
         return 100 * self.five / self.images
 
+    @property
+    def gmacs(self) -> float:
+        """10^9 multiply-adds of an image, the mean over all."""
+        return self.macs / self.images / 1e9
+
     @staticmethod
     def together(parts: Sequence[Correct]) -> Correct:
         """Of all processes."""
-        return Correct(*(sum(getattr(one, name) for one in parts) for name in ("first", "five", "images")))
+        return Correct(*(sum(getattr(one, name) for one in parts) for name in ("first", "five", "images", "macs")))
 
 
 @torch.no_grad()
 def count_correct(
     classify: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[Any], device: torch.device
 ) -> Correct:
-    """classify: images [B, 3, S, S] -> logits [B, classes]; batches: of `data.imagenet.collate`. ValueError in one line
-    for a damaged image."""
-    first = five = total = 0
+    """classify: images [B, 3, S, S] -> logits [B, classes]; where it is a model of which an image decides how much is
+    computed (`by_image`), multiply-adds are counted too. batches: of `data.imagenet.collate`. ValueError in one line for
+    a damaged image."""
+    first = five = total = macs = 0
     for batch in batches:
         images, labels = (part.to(device, non_blocking=True) for part in checked(batch))
-        logits = classify(images)
+        if getattr(classify, "by_image", False):
+            found: Any = classify.classify(images)  # type: ignore[attr-defined]
+            logits, macs = found.logits, macs + int(found.macs.sum())
+        else:
+            logits = classify(images)
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]  # [B, 5]
         first += int(best[:, 0].sum())
         five += int(best.sum())
         total += len(labels)
-    return Correct(first, five, total)
+    return Correct(first, five, total, macs)
 
 
 def accuracy(

@@ -99,7 +99,7 @@ class Classified:
     logits [B, classes]: the answer. tokens [B, m, C]: normalised, the class token first; places [B, m] int64: which
     of the 1 + n tokens each is, -1 for one made of several; None: all of them, in order. heads: what training asks of
     the classes, (weight, logits) each; losses: further terms of the loss, weighted, scalars. routing: of a big.LITTLE
-    model.
+    model. macs [B] int64: multiply-adds of each image, where an image decides.
     """
 
     logits: torch.Tensor
@@ -108,6 +108,7 @@ class Classified:
     heads: tuple[tuple[float, torch.Tensor], ...] = ()
     losses: dict[str, torch.Tensor] = field(default_factory=dict)
     routing: Routing = field(default_factory=Routing)
+    macs: torch.Tensor | None = None
 
 
 def build_layer(config: ClassifierConfig, layer: int) -> Block:

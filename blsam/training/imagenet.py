@@ -127,6 +127,7 @@ class ClassifierRun(AnyRun):
         """Top-1 and top-5 of the averaged weights on all images held out."""
         found = measure(self)
         row: dict[str, Any] = {"val_top1": found.top1, "val_top5": found.top5}
+        row |= {"val_gmacs": round(found.gmacs, 5)} if found.macs else {}
         self.folder.log({"step": self.progress.step} | row | {"val_images": found.images})
         self.progress.validated = self.progress.step
         if found.top1 > self.progress.best:

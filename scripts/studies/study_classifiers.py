@@ -1,4 +1,4 @@
-"""bLViT, EViT and Evo-ViT in miniature: one dense teacher, then equal steps for every variant, on CIFAR-10.
+"""bLViT and seven methods of token reduction in miniature: one dense teacher, then equal steps for each, on CIFAR-10.
 
     python -m scripts.studies.study_classifiers --data cifar10_train.tar.xz --val-data cifar10_test.tar.xz \
         --output runs/classifiers --results scripts/studies/results/classifiers/rows.jsonl
@@ -6,7 +6,8 @@
 `--table` chooses what is compared: main (methods and ablations, two seeds), and in miniature the paper's tables 3 (part
 by part), 4 (weight of the distillation) and 5 (share that is pruned). Every run is a line of the results; runs that are
 there are not made again, and one that was killed goes on where it was. `--report` prints the tables, with multiply-adds
-and images a second of all models in turn.
+and images a second of all models in turn, and every method at three settings; `--speeds` keeps what it measured, for
+plot_classifiers.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -25,7 +28,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from blsam.baselines import build_baseline
+from blsam.baselines import BASELINES, build_baseline
+from blsam.baselines.ada_vit import PATCH_ON
+from blsam.baselines.base import log_odds
 from blsam.build_classifier import build_classifier
 from blsam.config import CLASSIFIERS, ClassifierConfig
 from blsam.data.imagenet import EvaluationImages, EvaluationTransform, collate, open_images
@@ -41,6 +46,7 @@ from blsam.training.imagenet_settings import ClassifierSettings
 ROUTED, DENSE = CLASSIFIERS["blvit_mini_patch4_32"], CLASSIFIERS["vit_mini_patch4_32"]
 IMAGES = 128  # of a step
 BATCH, ROUNDS = 64, 7  # of the timing
+ALONE = 16  # images that are timed one by one, and whose multiply-adds are counted
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,13 @@ class Variant:
 
 STUDENT, PLAIN = Variant(), Variant(weight=0)
 EVIT, EVO = Variant(baseline="evit", keep=0.7), Variant(baseline="evo_vit", keep=0.5)
+OTHERS = {  # near EViT's multiply-adds where the method can be set so; what lies beside its paper's default is ours
+    "DynamicViT": Variant(baseline="dynamic_vit", keep=0.7),
+    "ToMe": Variant(baseline="tome", keep=0.45),
+    "ATS": Variant(baseline="ats", keep=1.0),
+    "A-ViT": Variant(baseline="a_vit", keep=0.72),
+    "AdaViT": Variant(baseline="ada_vit", keep=0.5),
+}
 BARE = {"e_block": False, "e_layers": (), "semi_cross": False, "score": "norm"}  # pruning alone, by a rule
 LATE = {**BARE, "predictor_layers": (3, 6, 9)}
 TABLES: dict[str, dict[str, Variant]] = {
@@ -72,6 +85,7 @@ TABLES: dict[str, dict[str, Variant]] = {
         "EViT, no distillation": replace(EVIT, weight=0),
         "Evo-ViT": EVO,
         "Evo-ViT, no distillation": replace(EVO, weight=0),
+        **OTHERS,
         "bLViT, calibrated alone": Variant(start="calibrated", trained=False),
         "bLViT, calibrated start": Variant(start="calibrated"),
         "one fusion a block": Variant(model={"fuse": "block"}),
@@ -96,6 +110,17 @@ TABLES: dict[str, dict[str, Variant]] = {
 }
 
 
+SETTINGS = {  # by how much each method computes, on the teacher's weights
+    "evit": (0.9, 0.7, 0.5),
+    "evo_vit": (0.7, 0.5, 0.3),
+    "dynamic_vit": (0.9, 0.7, 0.5),
+    "tome": (0.6, 0.45, 0.2),
+    "ats": (1.0, 0.5, 0.25),
+    "a_vit": (0.9, 0.72, 0.5),
+    "ada_vit": (0.9, 0.8, 0.7),
+}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
@@ -109,6 +134,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=(0, 1), help="of table main; the others take the first")
     add("--precision", choices=("fp32", "bf16"), default="fp32")
     add("--report", action="store_true", help="print what there is and measure speed; train nothing")
+    add("--speeds", type=Path, metavar="JSON", help="with --report: write the measured speeds there")
     return parser.parse_args(argv)
 
 
@@ -140,6 +166,11 @@ def key_of(variant: Variant) -> str:
     """What a run is told apart by: tables share those that are the same."""
     changed = {name: value for name, value in vars(variant).items() if value != getattr(STUDENT, name)}
     return json.dumps(changed, sort_keys=True)
+
+
+def folder_of(args: argparse.Namespace, variant: Variant, seed: int) -> Path:
+    """Of a run."""
+    return args.output / (re.sub(r"[^a-z0-9._]+", "-", f"run {key_of(variant)} {seed}").strip("-"))
 
 
 def common(args: argparse.Namespace, output: Path, seed: int) -> ClassifierSettings:
@@ -175,7 +206,8 @@ def run(settings: ClassifierSettings, steps: int) -> dict[str, Any]:
     curve = [[line["step"], round(line["loss"], 4)] for line in lines if "loss" in line][:: max(1, len(lines) // 20)]
     minutes = max((line["minutes"] for line in lines if "minutes" in line), default=0.0)
     print(f"{settings.output.name}: {found['val_top1']:.2f}, {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return {"top1": found["val_top1"], "top5": found["val_top5"], "minutes": minutes, "curve": curve}
+    row = {"top1": found["val_top1"], "top5": found["val_top5"], "minutes": minutes, "curve": curve}
+    return row | ({"gmacs": found["val_gmacs"]} if "val_gmacs" in found else {})
 
 
 def teacher_of(args: argparse.Namespace) -> Path:
@@ -212,9 +244,8 @@ def one_run(args: argparse.Namespace, variant: Variant, seed: int) -> dict[str, 
     row: dict[str, Any] = {"variant": key_of(variant), "seed": seed}
     if not variant.trained:
         return row | measured_as_it_is(args, variant)
-    number = list(dict.fromkeys(key_of(v) for table in TABLES.values() for v in table.values())).index(key_of(variant))
     settings = replace(
-        common(args, args.output / f"{number:02d}-{seed}", seed),
+        common(args, folder_of(args, variant, seed), seed),
         model=variant.config,
         baseline=variant.baseline,
         keep_ratio=(variant.keep,),
@@ -247,34 +278,89 @@ def measured_as_it_is(args: argparse.Namespace, variant: Variant) -> dict[str, A
 
 def report(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """The tables as Markdown."""
-    teacher = json.loads((args.output / "teacher" / "row.json").read_text()) if args.output.is_dir() else None
+    teacher, x = json.loads((args.output / "teacher" / "row.json").read_text()), test_images(args)
     variants = {key_of(v): v for table in TABLES.values() for v in table.values()}
-    models = {key: fresh(v) for key, v in variants.items()} | {"dense": build_classifier(DENSE)}
-    x = torch.randn(BATCH, 3, DENSE.image_size, DENSE.image_size, generator=torch.Generator().manual_seed(0))
-    macs = {key: counted_macs(model, x[:1]) / 1e6 for key, model in models.items()}
-    speeds: dict[str, list[float]] = {key: [] for key in models}
-    for _ in range(ROUNDS):  # in turn
-        for key, model in models.items():
-            speeds[key].append(images_a_second(model, x, 0.2))
+    models = {key: trained(args, v) for key, v in variants.items()} | {"dense": build_classifier(DENSE)}
+    settings = {f"{name} {keep:g}": at_setting(args, name, keep, x) for name in SETTINGS for keep in SETTINGS[name]}
+    found = measured_in_turn(models | settings, x)
+    for row in rows:  # over all test images, where they decide
+        if "gmacs" in row:
+            found[row["variant"]]["mmacs"] = mean(r["gmacs"] for r in rows if r["variant"] == row["variant"]) * 1e3
+    if args.speeds is not None:
+        write_text(args.speeds, json.dumps({"teacher": teacher["top1"], "speeds": found}, indent=1) + "\n")
     for name, table in TABLES.items():
-        print(f"\n### {name}\n\n| | top-1 | seeds | MMACs | images a second |\n|---|---|---|---|---|")
-        if teacher is not None and name == "main":
-            print(f"| dense teacher | {teacher['top1']:.2f} | | {macs['dense']:.1f} | {median(speeds['dense']):.0f} |")
+        print(f"\n### {name}\n\n| | top-1 | seeds | MMACs | batch 1 | batch {BATCH} |\n|---|---|---|---|---|---|")
+        if name == "main":
+            print(f"| dense teacher | {teacher['top1']:.2f} | | {cost(found['dense'])} |")
         for label, variant in table.items():
-            key = key_of(variant)
-            found = [row["top1"] for row in rows if row["variant"] == key]
-            cell = f"{mean(found):.2f}" + (f" (± {(max(found) - min(found)) / 2:.2f})" if len(found) > 1 else "")
-            print(
-                f"| {label} | {cell if found else '-'} | {len(found)} | {macs[key]:.1f} | {median(speeds[key]):.0f} |"
-            )
+            top1 = [row["top1"] for row in rows if row["variant"] == key_of(variant)]
+            cell = f"{mean(top1):.2f}" if top1 else "-"
+            cell += f" (± {(max(top1) - min(top1)) / 2:.2f})" if len(top1) > 1 else ""
+            print(f"| {label} | {cell} | {len(top1)} | {cost(found[key_of(variant)])} |")
+    print(f"\n### settings\n\n| | MMACs | batch 1 | batch {BATCH} |\n|---|---|---|---|")
+    for label in ("dense", *settings):
+        print(f"| {label} | {cost(found[label])} |")
 
 
-def fresh(variant: Variant) -> torch.nn.Module:
-    """A model of the kind, with random weights: what it costs does not depend on them."""
+def cost(found: dict[str, float]) -> str:
+    """Cells of a table: 10^6 multiply-adds and images a second."""
+    return f"{found['mmacs']:.1f} | {found['batch 1']:.0f} | {found[f'batch {BATCH}']:.0f}"
+
+
+def measured_in_turn(models: dict[str, Any], x: torch.Tensor) -> dict[str, dict[str, float]]:
+    """10^6 multiply-adds and images a second of each, on images [BATCH, 3, S, S]; medians of rounds."""
+    speeds: dict[tuple[str, str], list[float]] = {}
+    for _ in range(ROUNDS):
+        for key, model in models.items():
+            alone = partial(one_by_one, model)
+            for batch, passed, images in (("batch 1", alone, x[:ALONE]), (f"batch {BATCH}", model, x)):
+                speeds.setdefault((key, batch), []).append(images_a_second(passed, images, 0.2))
+    found = {key: {"mmacs": counted_macs(model, x[:ALONE]) / 1e6} for key, model in models.items()}
+    for (key, batch), rates in speeds.items():
+        found[key][batch] = round(median(rates), 1)
+    return found
+
+
+def one_by_one(model: Any, images: torch.Tensor) -> None:
+    """Passes of single images, which may differ in what they cost."""
+    for image in images:
+        model(image[None])
+
+
+def test_images(args: argparse.Namespace) -> torch.Tensor:
+    """[BATCH, 3, S, S], spread over those to measure on."""
+    images, transform = open_images((args.val_data,), "val"), EvaluationTransform(DENSE.image_size)
+    return torch.stack([transform(images.read(i * len(images) // BATCH)) for i in range(BATCH)])
+
+
+def trained(args: argparse.Namespace, variant: Variant) -> torch.nn.Module:
+    """A model of the kind. Random weights are as good as others where an image decides nothing; else those of its first
+    run."""
     torch.manual_seed(0)
-    if variant.baseline:
-        return build_baseline(variant.baseline, DENSE, keep_ratio=variant.keep)
-    return build_classifier(variant.config, keep_ratio=variant.keep)
+    if not variant.baseline:
+        return build_classifier(variant.config, keep_ratio=variant.keep)
+    path = folder_of(args, variant, args.seeds[0]) / "model.safetensors"
+    weights = path if BASELINES[variant.baseline].by_image and path.is_file() else None
+    return build_baseline(variant.baseline, DENSE, weights, keep_ratio=variant.keep)
+
+
+@torch.no_grad()
+def at_setting(args: argparse.Namespace, name: str, keep: float, x: torch.Tensor) -> torch.nn.Module:
+    """A method on the teacher's weights. Where training decides what is computed, A-ViT's gate is set for these images
+    and AdaViT's biases so that this share of decisions is on in every block."""
+    model: Any = build_baseline(name, DENSE, teacher_of(args), keep_ratio=keep)
+    if name == "a_vit":
+        model.search(model.stem(x), keep)
+    if name == "ada_vit":
+        tokens = model.begin(model.stem(x))
+        for i, policy in enumerate(model.predictors):
+            patches, units = policy(tokens.x, model.block(i).norm1(tokens.x))
+            policy.patches.bias -= patches.quantile(1 - keep) - log_odds(PATCH_ON)
+            if units is not None:
+                policy.units.bias -= units.quantile(1 - keep, dim=0)  # each unit on for this share of the images
+            tokens = model.before_block(i, tokens)
+            tokens = model.after_block(i, model.feed_forward(i, model.attention(i, tokens)[0]))
+    return model
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from blsam.baselines import build_baseline
+from blsam.baselines import BASELINES, build_baseline
 from blsam.config import CLASSIFIERS
 from blsam.modeling.classifier import BLVisionTransformer
 from tests.helpers import images, randomize
 
 MINI = replace(CLASSIFIERS["vit_mini_patch4_32"], name="small", dim=24)  # 64 patches
-NOTHING_REMOVED = {"evit": {"keep_ratio": 1.0}, "evo_vit": {"keep_ratio": 1.0}}
+EVERYTHING = {"keep_ratio": 1.0}
+NOTHING_REMOVED = dict.fromkeys(("evit", "evo_vit", "dynamic_vit", "a_vit", "ada_vit", "tome"), EVERYTHING)
+NOTHING_REMOVED["ats"] = {"first": 12}  # with as many points as patches some still fall together
+ADDED = ("norm_cls.", "head_cls.", "predictors.", "gate", "searched")  # what methods have beside a plain ViT's state
 VARIANTS = [
     ("evit", {}),
     ("evit", {"fuse": False, "keep_ratio": 0.5}),
@@ -20,13 +23,29 @@ VARIANTS = [
     ("evo_vit", {}),
     ("evo_vit", {"rep": False}),
     ("evo_vit", {"stages": (1, 3, 9), "keep_ratio": 0.3}),
+    ("dynamic_vit", {}),
+    ("dynamic_vit", {"stages": (0, 5, 11), "keep_ratio": 0.5}),
+    ("ats", {}),
+    ("ats", {"first": 1, "keep_ratio": 0.5}),
+    ("ats", {"released": True}),
+    ("a_vit", {"search": False}),
+    ("a_vit", {"search": False, "center": 2.0, "scale": 0.3, "released": True}),
+    ("ada_vit", {}),
+    ("tome", {}),
+    ("tome", {"falling": True, "keep_ratio": 0.5}),
 ]
+FIXED = [(name, options) for name, options in VARIANTS if not BASELINES[name].by_image]
+BY_IMAGE = [(name, options) for name, options in VARIANTS if BASELINES[name].by_image]
 
 
 def build(name, **options):
     """Weights so far from zero that attention has a choice to make."""
     torch.manual_seed(0)
-    return randomize(build_baseline(name, MINI, **options), std=0.25)
+    model = randomize(build_baseline(name, MINI, **options), std=0.25)
+    if name == "ada_vit":  # decisions that are neither all alike nor the same for every image
+        for parameter in model.predictors.parameters():
+            parameter.data = 0.2 * parameter.data if parameter.dim() > 1 else torch.full_like(parameter, 0.6)
+    return model
 
 
 def dense():
@@ -38,12 +57,17 @@ def photos(n=2):
     return images(n, MINI.image_size)
 
 
+def plain_state(model):
+    """Of the ViT in a method."""
+    return {key: value for key, value in model.state_dict().items() if not key.startswith(ADDED)}
+
+
 def timms(model):
     """timm's ViT with the model's weights."""
     twin = timm.models.VisionTransformer(
         img_size=32, patch_size=4, embed_dim=MINI.dim, depth=12, num_heads=3, num_classes=10
     ).eval()
-    twin.load_state_dict({key: value for key, value in model.state_dict().items() if "_cls." not in key})
+    twin.load_state_dict(plain_state(model))
     return twin
 
 

@@ -19,6 +19,9 @@ GIGA = [  # of DeiT-B and DeiT-S
     ("evo_vit", {}, 11.72, 3.05),
     ("evo_vit", {"rep": False}, 11.66, 3.03),
     ("evo_vit", {"keep_ratio": 1.0}, 17.56, 4.60),
+    ("dynamic_vit", {}, 11.48, 2.98),
+    ("tome", {"keep_ratio": 0.51}, 13.11, 3.42),
+    ("tome", {}, 10.37, 2.71),
 ]
 
 
@@ -42,3 +45,9 @@ def test_by_hand():
     projections, products, feed_forward, row = 4 * n * c * c, 2 * n * n * c, 8 * m * c * c, n * c
     assert layer_macs(c, LayerTokens(n, m)) == projections + products + feed_forward
     assert layer_macs(c, LayerTokens(n, m, class_row=True)) == projections + products + feed_forward + row
+    asked = 3 * n * c * c + 2 * m * n * c + m * c * c  # rows of m tokens alone
+    assert layer_macs(c, LayerTokens(n, m, queries=m, more=7)) == asked + feed_forward + 7
+    half = (projections + products) // 2 + m * (4 * c + 4 * c * c)  # one of two heads, one channel each
+    assert layer_macs(c, LayerTokens(n, m, width=1)) == half
+    of_two = layer_macs(c, LayerTokens(torch.tensor([n, 1]), torch.tensor([m, 1])))
+    assert of_two.tolist() == [layer_macs(c, LayerTokens(n, m)), layer_macs(c, LayerTokens(1, 1))]

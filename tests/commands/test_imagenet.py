@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from blsam.baselines import build_baseline
 from blsam.build_classifier import build_classifier
@@ -11,6 +12,7 @@ from blsam.checkpoint import save
 from blsam.cli import main
 from blsam.commands import train_imagenet
 from blsam.config import CLASSIFIERS
+from blsam.data.imagenet import EvaluationTransform, open_images
 from tests.labelled import write_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,6 +140,20 @@ def test_a_baselines_cost(more, keep, tmp_path):
     method = build_baseline("evit", CLASSIFIERS[MINI], keep_ratio=keep)
     assert found["keep_ratio"] == keep and found["gmacs"] == pytest.approx(method.macs() / 1e9, abs=1e-5)
     assert found["model"] == f"evit on {MINI}"
+
+
+def test_the_cost_of_a_method_that_depends_on_images(data, tmp_path):
+    """Is a mean over all of --data, not over the few that are timed."""
+    figures = tmp_path / "figures.json"
+    command = ["evaluate-imagenet", "--model", MINI, "--baseline", "ats", "--seconds", "0", "--device", "cpu"]
+    state = build_classifier(CLASSIFIERS[MINI], num_classes=2).state_dict()
+    save(tmp_path / "two.safetensors", state, {})
+    command += ["--data", str(data), "--workers", "0", "--checkpoint", str(tmp_path / "two.safetensors")]
+    assert main([*command, "--json", str(figures)]) == 0
+    method = build_baseline("ats", CLASSIFIERS[MINI], tmp_path / "two.safetensors")
+    images, transform = open_images((data,), "val"), EvaluationTransform(32, 1.0)
+    macs = method.macs(torch.stack([transform(images.read(i)) for i in range(len(images))]))
+    assert json.loads(figures.read_text())["gmacs"] == pytest.approx(macs / 1e9, abs=1e-5)
 
 
 def test_the_cost_alone(capsys):

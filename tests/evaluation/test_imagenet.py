@@ -15,7 +15,7 @@ from blsam.data.imagenet import classifier_input, open_images
 from blsam.distributed import CPU, World
 from blsam.evaluation.classifiers import Measured, labelled, load_classifier
 from blsam.evaluation.imagenet import Correct, accuracy, count_correct, counted_macs, images_a_second, some_images
-from blsam.modeling.classifier import BLVisionTransformer
+from blsam.modeling.classifier import BLVisionTransformer, Classified
 from blsam.options import UsageError
 from tests.labelled import write_folder
 
@@ -38,6 +38,25 @@ def test_multiply_adds_are_those_of_the_papers():
     images = torch.zeros(1, 3, 224, 224, device="meta")
     for name in ("vit_tiny_patch16_224", "timm:deit_tiny_patch16_224"):  # on the meta device: a pass costs nothing
         assert counted_macs(load_classifier(name, None, device=CPU).model.to("meta"), images) == wanted
+
+
+class Half(nn.Module):
+    """Of which an image decides how much is computed: as many multiply-adds as its first pixel says."""
+
+    by_image = True
+
+    def classify(self, x):
+        return Classified(torch.eye(2)[x[:, 0].long() % 2], x, macs=x[:, 0].long())
+
+
+def test_multiply_adds_are_a_mean_over_all_images():
+    batches = [
+        (torch.tensor([[2e9], [3e9], [4e9]]), torch.tensor([0, 0, 0])),
+        (torch.tensor([[7e9]]), torch.tensor([0])),
+    ]
+    found = count_correct(Half(), batches, CPU)
+    assert found == Correct(4, 4, 4, int(16e9)) and found.gmacs == 4
+    assert Correct.together([found, found]) == Correct(8, 8, 8, int(32e9))
 
 
 class Depends(nn.Module):

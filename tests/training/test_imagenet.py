@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
-from blsam.baselines import build_baseline
+from blsam.baselines import BASELINES, build_baseline
 from blsam.build_classifier import build_classifier, read_classifier
 from blsam.checkpoint import save
 from blsam.config import ClassifierConfig
@@ -231,7 +231,7 @@ def test_the_average_does_not_ship_its_start(settings):
     assert gaps[0] < 0.3 * gaps[1]
 
 
-@pytest.mark.parametrize("name", ["evit", "evo_vit"])
+@pytest.mark.parametrize("name", BASELINES)
 def test_baselines_are_trained_alike(settings, teacher, name, monkeypatch):
     deep = replace(PLAIN, depth=10)  # EViT drops before blocks 3, 6 and 9
     torch.manual_seed(5)
@@ -242,7 +242,10 @@ def test_baselines_are_trained_alike(settings, teacher, name, monkeypatch):
     assert (column(settings.output, "fd") > 0).tolist() == [True, True]
     model = build_baseline(name, deep, path, keep_ratio=0.5)
     found = model.classify(torch.randn(2, 3, 16, 16))
-    assert found.logits.shape == (2, 2) and found.tokens.shape[1] == (17 if name == "evo_vit" else 5)
+    assert found.logits.shape == (2, 2) and torch.isfinite(found.logits).all()
+    assert (len(column(settings.output, "val_gmacs")) > 0) == model.by_image
+    own = {"dynamic_vit": ["ratio"], "a_vit": ["ponder", "prior"], "ada_vit": ["usage"]}.get(name, [])
+    assert all(column(settings.output, term).isfinite().tolist() == [True, True] for term in own)
 
 
 # --- what cannot be trained ------------------------------------------------------------------------------------------
