@@ -64,8 +64,9 @@ def _untouched(module: nn.Module) -> bool:
     if any(callable(value) and callable(getattr(type(module), name, None)) for name, value in vars(module).items()):
         return False  # a method of this one alone
     if isinstance(module, nn.ConvTranspose2d):
+        weight: object = module.weight  # quantised or sharded values are of another type
         shape = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-        plain = not is_traceable_wrapper_subclass(module.weight) and module.bias is not None
+        plain = not is_traceable_wrapper_subclass(weight) and module.bias is not None
         return plain and shape == ((2, 2), (2, 2), (0, 0), (1, 1), 1)
     return is_plain(module) or not isinstance(module, nn.Linear)
 

@@ -165,12 +165,12 @@ def weights_of(args: argparse.Namespace, entry: Entry) -> Path:
         return find_checkpoint(entry.model, None)
     if entry.weights == "none":
         return args.checkpoint
-    path = args.runs / f"{entry.model}.safetensors"
+    folder = args.runs / f"{entry.model}-{entry.keep_ratio:g}-{args.steps}"
+    path = folder.with_name(folder.name + ".safetensors")  # the ratio has a point
     if path.is_file():
         return path
     if args.data is None:
         raise ValueError(f"{path} is not there: --data says what to train on")
-    folder = args.runs / entry.model
     settings = TrainSettings(
         model=MODELS[entry.model],
         data=tuple(args.data),

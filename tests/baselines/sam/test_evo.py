@@ -32,7 +32,7 @@ def test_placeholders_of_a_window_share_what_is_added():
     for before, after, _, slow, fast, _, _ in seen:
         assert slow.shape == (2, 50) and fast.shape == (2, 50)
         added, windows = gather(after - before, fast), window_of(fast, (10, 10), 7)
-        assert added.abs().amin() >= 0 and added.abs().amax() > 1e-3, "they are moved at all"
+        assert added.abs().amax() > 1e-3, "they are moved at all"
         for b in range(2):
             for window in set(windows[b].tolist()):
                 mine = added[b, windows[b] == window]

@@ -6,7 +6,7 @@ import torch
 from blsam.baselines.sam.macs import fed_of, keys_of
 from blsam.baselines.sam.sparse import cell_scores, few_answer, order_of, projections, whole
 from blsam.config import SparseRule
-from tests.baselines.sam.models import SMALL, largest, small
+from tests.baselines.sam.models import largest, small
 from tests.baselines.sam.test_attention import layer, tokens
 from tests.helpers import gap, images
 
@@ -88,4 +88,3 @@ def test_feed_forward_parts_of_window_layers_are_on_the_first_tokens():
     (stage,) = routing.stages
     y, x = stage.mask[0].nonzero().T
     assert stage.mask.sum() == 50 and not (y % 2).any() and not (x % 2).any(), "at a quarter, one token a cell"
-    assert SMALL.global_layers == (1, 3, 5)
