@@ -92,7 +92,7 @@ def test_tars_stream_every_photo_once_an_epoch(photos, tars):
     assert not mine[0] & mine[1] and len(mine[0] | mine[1]) == 8
 
 
-@pytest.mark.parametrize("workers", (0, 2))
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.e2e)])  # several processes
 def test_a_stream_goes_on_where_it_was(tars, workers):
     def read(skip, count):
         loader = DataLoader(_stream(tars, skip=skip), 2, num_workers=workers, collate_fn=list)
