@@ -65,12 +65,12 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         decides first, and what it leaves is made, scaled up, judged and encoded a few masks at a time.
         """
         found = confident(self.predictor, points, self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None)
+        # float64, as in SAM, and so on the CPU: not every device has it
         of_point = torch.as_tensor(points, device="cpu")[found.prompts.cpu()]
         data = MaskData()
         chunk = CHUNK if self.predictor.device.type == "cpu" else CHUNK_ON_GPU
         for start in range(0, max(1, len(of_point)), chunk):  # of nothing, one part without masks
             part = slice(start, start + chunk)
-            # float64, as in SAM, and so on the CPU: not every device has it
             data.cat(self._process_masks(found.logits[part], found.scores[part], of_point[part], crop_box, orig_size))
         data["rles"] = Unchanged(data["rles"])
         return data

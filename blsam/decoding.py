@@ -96,8 +96,8 @@ def confident(predictor: Any, points: np.ndarray, threshold: float | None) -> Co
     coords = predictor.transform.apply_coords_torch(given, predictor.original_size)
     sparse, dense = model.prompt_encoder((coords, torch.ones_like(coords[..., 0])), None, None)
     decoder = PhotoDecoder(model.mask_decoder, features, model.prompt_encoder.get_dense_pe(), dense[:1])
-    cells, parts = CELLS if features.device.type == "cpu" else CELLS_ON_GPU, []
-    size = max(1, cells // features[0, 0].numel())
+    cells = CELLS if features.device.type == "cpu" else CELLS_ON_GPU
+    size, parts = max(1, cells // features[0, 0].numel()), []
     for start in range(0, len(points), size):
         found = decoder.prompted(sparse[start : start + size])
         scores = found.scores.float()  # under autocast they are not

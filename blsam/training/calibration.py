@@ -99,7 +99,7 @@ class Calibration:
         self.blocks = {i: block for i, block in enumerate(self.model.blocks) if isinstance(block, RoutedBlock)}
         self.layers = list(self.blocks)
         self.fits: dict[str, float] = {}
-        branches = sum(block.e_block is not None for block in self.blocks.values())
+        self.branches = branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += len(self.model.predictors) * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
         self.descent = Descent(settings.minutes, weight, settings.dtype, self.device)
@@ -124,7 +124,7 @@ class Calibration:
             state = self._save(3, 0, ())
         fitted = torch.load(self.folder / "fitted.pt", weights_only=True)
         if state["pass"] == 3:
-            if any(block.e_block is not None for block in self.blocks.values()):
+            if self.branches:  # without, there is nothing to correct
                 self._correct(state["layer"])
             self._save(4, 0, ())
         corrected, ratio = self._learnt(), [self.settings.keep_ratio]

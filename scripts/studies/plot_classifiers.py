@@ -1,4 +1,4 @@
-"""The picture in docs/classification.md: top-1 of the miniature over multiply-adds and over measured time.
+"""Top-1 of the miniature over multiply-adds and over measured time, as a picture.
 
     python -m scripts.studies.plot_classifiers     # scripts/studies/results/classifiers -> docs/classifiers.png
 

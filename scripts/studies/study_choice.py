@@ -36,7 +36,7 @@ from blsam.config import CLASSIFIERS, CONFIGS
 from blsam.data.annotations import Annotations
 from blsam.data.imagenet import EvaluationImages, EvaluationTransform, checked, collate, open_images
 from blsam.encoded import Encoded
-from blsam.evaluation.prompted import PromptedIoU, bootstrap, predict_objects
+from blsam.evaluation.prompted import Box, PromptedIoU, bootstrap, predict_objects
 from blsam.evaluation.protocols import PROTOCOLS
 from blsam.files import sha256, write_text
 from blsam.images import read_annotated
@@ -55,8 +55,6 @@ MODELS: dict[str, Any] = {
     "classifier": CLASSIFIERS["blvit_mini_patch4_32"],
 }
 BATCH = 50  # images of the classifier
-
-Box = tuple[float, float, float, float]
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -249,9 +247,8 @@ class Segmenter:
         for seed, photo in enumerate(tqdm(photos, leave=False, disable=not sys.stderr.isatty())):
             targets, _ = self.annotations.targets(photo, crowd=False)
             groups = [[target] for target in targets] if choice in FOR_PROMPTS else [targets] if targets else []
-            rows = []
+            image, rows = read_annotated(photo.path, (photo.height, photo.width)), []
             for group in groups:
-                image = read_annotated(photo.path, (photo.height, photo.width))
                 self.encode(predictor, image, keep_ratio, choice, group[0].box, seed)
                 rows += predict_objects(predictor, group, PROTOCOLS["paper"], "box", 1, seed=0)
             evaluator.process(photo, rows)

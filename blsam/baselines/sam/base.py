@@ -13,6 +13,7 @@ from ...modeling.routing import Routing, Stage, TrueSizes
 from ...modeling.staged import checked_ratio
 from ...modeling.windows import exporting
 from ..base import gather
+from .attention import Places
 from .macs import reduced_macs
 
 
@@ -70,6 +71,12 @@ class ReducedEncoder(ImageEncoder):
         """The layers after which tokens are chosen: those that reach over the whole image, without the last (ours). In
         B and H they lie where a quarter, a half and three quarters of the depth fall."""
         return self.config.global_layers[:-1]
+
+    def before_choices(self, grid: torch.Tensor) -> tuple[torch.Tensor, Places]:
+        """The layers before the first choice, on all tokens: grid [B, H, W, C] -> [B, H*W, C], and where they lie."""
+        for i in range(self.choices[0]):
+            grid = self.run_layer(i, grid, None)
+        return grid.flatten(1, 2), Places.all(grid.shape[:3], self.config.window, grid.device)
 
     def block(self, i: int) -> Block:
         found: Any = self.blocks[i]

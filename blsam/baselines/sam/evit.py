@@ -44,18 +44,15 @@ class EViTEncoder(ReducedEncoder):
     def reduce(
         self, grid: torch.Tensor, keep_ratio: float, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[Stage]]:
-        first, stages, shape = self.choices[0], [], grid.shape
-        for i in range(first):
-            grid = self.run_layer(i, grid, None)
-        now = Survivors(grid.flatten(1, 2), Places.all(shape[:3], self.config.window, grid.device))
-        for i in range(first, self.config.depth):
+        now, stages = Survivors(*self.before_choices(grid)), []
+        for i in range(self.choices[0], self.config.depth):
             block, chooses = self.block(i), i in self.choices
             added, scores = attend(block.attn, block.norm1(now.x), now.places, received=chooses)
             now = replace(now, x=now.x + added)
             if chooses:
                 count = kept_of(now.places.index.shape[1], keep_ratio)
                 now = drop(now, scores, count, real, self.options.fuse)
-                stages.append(self.stage(now.places.index, shape))
+                stages.append(self.stage(now.places.index, grid.shape))
             now = replace(now, x=now.x + block.feed_forward(now.x))
         return put_back(now, self.options.fill), stages
 

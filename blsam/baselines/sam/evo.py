@@ -32,14 +32,11 @@ class EvoViTEncoder(ReducedEncoder):
     def reduce(
         self, grid: torch.Tensor, keep_ratio: float, real: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[Stage]]:
-        first, stages, shape = self.choices[0], [], grid.shape
-        for i in range(first):
-            grid = self.run_layer(i, grid, None)
-        places = Places.all(shape[:3], self.config.window, grid.device)
-        x, g = self.layer(first, grid.flatten(1, 2), places, received=True)
+        (x, places), stages = self.before_choices(grid), []
+        x, g = self.layer(self.choices[0], x, places, received=True)
         for before, last in pairwise([*self.choices, self.config.depth - 1]):
             slow, fast = split(padding_last(g, real), slow_of(x.shape[1], keep_ratio))
-            stages.append(self.stage(slow, shape, g))
+            stages.append(self.stage(slow, grid.shape, g))
             x, scores = self.two_paths(range(before + 1, last + 1), x, g, slow, fast, places)
             g = follow(g, slow, scores[:, : slow.shape[1]]) if last in self.choices else g
         return x, stages
