@@ -20,6 +20,7 @@ from segment_anything.utils.amg import (
 
 from .decoding import confident
 from .images import as_photo
+from .precision import resolve_dtype
 from .predictor import SamPredictor
 
 CHUNK, CHUNK_ON_GPU = 4, 64  # masks at the photo's size at a time: what a processor's caches hold, what a GPU wants
@@ -33,11 +34,13 @@ class Unchanged(list):
 
 
 class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
-    """Arguments and results as in `segment_anything`."""
+    """Arguments and results as in `segment_anything`; decoder_dtype: what the mask decoder multiplies in, "float32",
+    "bfloat16" or "auto" (bfloat16 where the device has instructions for it)."""
 
-    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *args: Any, decoder_dtype: str = "float32", **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.predictor = SamPredictor(model)
+        self.decoder_dtype = resolve_dtype(decoder_dtype, self.predictor.device)
 
     def generate(self, image: Any) -> list[dict[str, Any]]:
         """Masks of everything in an image, uint8 [H, W, 3] or anything that `images.as_photo` reads as one; one record
@@ -64,7 +67,8 @@ class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
         `segment_anything` makes all three masks of every point, scales them up and filters then; here the predicted IoU
         decides first, and what it leaves is made, scaled up, judged and encoded a few masks at a time.
         """
-        found = confident(self.predictor, points, self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None)
+        threshold = self.pred_iou_thresh if self.pred_iou_thresh > 0.0 else None
+        found = confident(self.predictor, points, threshold, self.decoder_dtype)
         # float64, as in SAM, and so on the CPU: not every device has it
         of_point = torch.as_tensor(points, device="cpu")[found.prompts.cpu()]
         data = MaskData()

@@ -8,6 +8,7 @@ others are measured in exactly the same way.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,9 @@ import numpy as np
 import torch
 from segment_anything.modeling import PromptEncoder
 
-from .modeling.mask_decoder import PhotoDecoder, is_sams
+from .modeling.mask_decoder import PhotoDecoder, decode_photo, is_sams, prompts_at_a_time
 
 CHUNK = 32  # prompts decoded at a time, which bounds the memory
-CELLS, CELLS_ON_GPU = 2**13, 2**17  # tokens of the photo, for all prompts that `confident` decodes at a time
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ def decode(
     boxes: Sequence[tuple[float, float, float, float]] | None = None,
     logits: torch.Tensor | None = None,
     three: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Candidates:
     """Masks of P prompts: each the same number of points (x, y, label), or a box x1 y1 x2 y2, in pixels of the photo.
 
     logits: [P, 1, h, w] of an earlier round, given back with the prompts. three: three candidates or the single mask.
+    dtype: what the decoder multiplies in; the results are float32.
     """
     prompts = points if boxes is None else boxes
     if prompts is None:
@@ -61,13 +63,9 @@ def decode(
             boxes=None if corners is None else corners[part],
             masks=None if logits is None else logits[part],
         )
-        low, scores = model.mask_decoder(
-            image_embeddings=predictor.features,
-            image_pe=model.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=three,
-        )
+        positions = model.prompt_encoder.get_dense_pe()
+        with products_in(dtype, device):
+            low, scores = decode_photo(model.mask_decoder, predictor.features, positions, sparse, dense, three)
         found_logits.append(low.float())  # under autocast they are not
         found_scores.append(scores.float())
     return Candidates(torch.cat(found_logits), torch.cat(found_scores))
@@ -84,27 +82,35 @@ class Confident:
 
 
 @torch.no_grad()
-def confident(predictor: Any, points: np.ndarray, threshold: float | None) -> Confident:
+def confident(
+    predictor: Any, points: np.ndarray, threshold: float | None, dtype: torch.dtype = torch.float32
+) -> Confident:
     """Of three candidate masks for each point [P, 2] (x, y in pixels of the photo) those with a predicted IoU above the
-    threshold; None: all. Others are not made, where prompt encoder and decoder are SAM's as released."""
+    threshold; None: all. Others are not made, where prompt encoder and decoder are SAM's as released. dtype: what the
+    decoder multiplies in."""
     model, features = predictor.model, predictor.features
     if type(model.prompt_encoder) is not PromptEncoder or len(features) != 1 or not is_sams(model.mask_decoder):
-        all_masks = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points])
+        all_masks = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points], dtype=dtype)
         prompts, candidates = _above(all_masks.scores, threshold)
         return Confident(all_masks.logits[prompts, candidates], all_masks.scores[prompts, candidates], prompts)
     given = torch.tensor(points, dtype=torch.float32, device=features.device)[:, None]  # [P, 1, 2]
     coords = predictor.transform.apply_coords_torch(given, predictor.original_size)
     sparse, dense = model.prompt_encoder((coords, torch.ones_like(coords[..., 0])), None, None)
     decoder = PhotoDecoder(model.mask_decoder, features, model.prompt_encoder.get_dense_pe(), dense[:1])
-    cells = CELLS if features.device.type == "cpu" else CELLS_ON_GPU
-    size, parts = max(1, cells // features[0, 0].numel()), []
+    size, parts = prompts_at_a_time(features), []
     for start in range(0, len(points), size):
-        found = decoder.prompted(sparse[start : start + size])
-        scores = found.scores.float()  # under autocast they are not
-        prompts, candidates = _above(scores, threshold)
-        logits = decoder.masks(found, prompts, candidates).float()
+        with products_in(dtype, features.device):
+            found = decoder.prompted(sparse[start : start + size])
+            scores = found.scores.float()  # under autocast they are not
+            prompts, candidates = _above(scores, threshold)
+            logits = decoder.masks(found, prompts, candidates).float()
         parts.append((logits, scores[prompts, candidates], prompts + start))
     return Confident(*(torch.cat(column) for column in zip(*parts)))
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to a dtype, or what was there before. Not for the prompt encoder: points in bfloat16 would move."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def _above(scores: torch.Tensor, threshold: float | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,6 +21,7 @@ from segment_anything.utils.transforms import ResizeLongestSide as _ResizeLonges
 from .config import OUT_CHANNELS
 from .encoded import Encoded
 from .images import as_photo, as_photos
+from .modeling.mask_decoder import decode_photo
 from .modeling.routing import Routing
 from .modeling.sam import Sam
 
@@ -201,9 +202,15 @@ class SamPredictor(_SamPredictor):
                 f"SAM's prompt encoder works in float32 and was cast to {str(weight.dtype).removeprefix('torch.')}; "
                 'cast the image encoder alone, by dtype="bfloat16" where the model is built, or predict under autocast'
             )
-        found = super().predict_torch(point_coords, point_labels, boxes, mask_input, multimask_output, return_logits)
-        masks, scores, logits = (t if t.dtype == torch.bool else t.float() for t in found)
-        return masks, scores, logits
+        if not self.is_image_set:
+            raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
+        model, points = self.model, None if point_coords is None else (point_coords, point_labels)
+        sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=mask_input)
+        positions = model.prompt_encoder.get_dense_pe()
+        found = decode_photo(model.mask_decoder, self.features, positions, sparse, dense, multimask_output)
+        logits, scores = (value.float() for value in found)  # under autocast they are not
+        masks = model.postprocess_masks(logits, self.input_size, self.original_size)
+        return masks if return_logits else masks > model.mask_threshold, scores, logits
 
 
 def check_prompts(

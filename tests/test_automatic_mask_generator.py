@@ -5,6 +5,7 @@ import pytest
 import segment_anything as sa
 import torch
 from PIL import Image
+from pycocotools import mask as rle_tools
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,13 +14,19 @@ from blsam.options import shipped_checkpoint
 from tests.photos import PHOTOS
 
 
+class Reference(SamPredictor):
+    """Our photo, segment_anything's decoding."""
+
+    predict_torch = sa.SamPredictor.predict_torch
+
+
 @pytest.mark.parametrize("crops", [0, 1])
 def test_everything_equals_segment_anything_s_generator(crops):
     """Same photo, same weights; the thresholds leave some masks and drop others."""
     small = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=256)
     options = dict(points_per_side=4, pred_iou_thresh=0.2, stability_score_thresh=0.2, crop_n_layers=crops)
     theirs = sa.SamAutomaticMaskGenerator(small, **options)
-    theirs.predictor = SamPredictor(small)  # release 1.0's own fails on sizes other than 1024
+    theirs.predictor = Reference(small)  # release 1.0's own fails on sizes other than 1024
     expected, found = (g.generate(PHOTOS["landscape"]) for g in (theirs, SamAutomaticMaskGenerator(small, **options)))
     assert len(found) == len(expected) > 0
     for a, b in zip(found, expected):
@@ -59,6 +66,31 @@ def test_no_float64_reaches_the_device():
         generator.predictor.set_image(PHOTOS["landscape"])
         generator.predictor.predict(np.array([[9.5, 9.5]]), np.array([1]), np.array([1.0, 1, 90, 90]))
     assert records and not seen, seen
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["decoder", "hooked decoder"])
+def test_the_decoder_multiplies_in_bfloat16_and_finds_nearly_the_same(changed):
+    """The prompts' positions stay float32: in bfloat16 points would move by pixels."""
+    small, seen = sam_model_registry["vit_t"](shipped_checkpoint("vit_t"), image_size=256), set()
+    if changed:
+        small.mask_decoder.register_forward_hook(lambda *_: None)
+    small.prompt_encoder.register_forward_hook(
+        lambda *found: seen.add((str(found[2][0].dtype), torch.is_autocast_enabled("cpu")))
+    )
+    options = dict(points_per_side=5, pred_iou_thresh=0.2, stability_score_thresh=0.2, output_mode="coco_rle")
+    expected, found = (
+        SamAutomaticMaskGenerator(small, decoder_dtype=dtype, **options).generate(PHOTOS["landscape"])
+        for dtype in ("float32", "bfloat16")
+    )
+    assert seen == {("torch.float32", False)} and len(found) and abs(len(found) - len(expected)) <= 2
+    ious = rle_tools.iou(
+        *([record["segmentation"] for record in records] for records in (found, expected)), [0] * len(expected)
+    )
+    assert np.median(ious.max(1)) > 0.97, ious.max(1)
+    scores = [[record["predicted_iou"] for record in records] for records in (found, expected)]
+    assert scores[0] != scores[1]  # something was rounded
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, auto, is 'int8'"):
+        SamAutomaticMaskGenerator(small, decoder_dtype="int8")
 
 
 @pytest.mark.parametrize("size", [(1, 2000), (1, 1), (3, 700)], ids=str)

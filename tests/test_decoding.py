@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from blsam import decoding
 from blsam.data.prompts import centre_point
 from blsam.decoding import confident, decode, upscale
+from blsam.modeling import mask_decoder
 
 
 def test_prompts_decoded_together_equal_the_predictor_one_by_one(predictor, targets):
@@ -37,7 +37,7 @@ def test_nothing_to_decode_is_an_error(predictor):
 @pytest.mark.parametrize("cells", [2**8, 2**20], ids=["prompt by prompt", "all at once"])
 @pytest.mark.parametrize("threshold", [None, 0.3, 2.0])
 def test_confident_masks_are_those_of_all_that_pass(predictor, monkeypatch, cells, threshold):
-    monkeypatch.setattr(decoding, "CELLS", cells)
+    monkeypatch.setattr(mask_decoder, "CELLS", cells)
     height, width = predictor.original_size
     points = np.random.default_rng(0).uniform((0, 0), (width, height), (7, 2))
     every = decode(predictor, points=[[(x, y, 1)] for x, y in points])

@@ -24,6 +24,7 @@ from ..options import (
     computed_in,
     find_checkpoint,
 )
+from ..precision import DTYPES
 
 FORMATS = ("coco", "rle", "png")
 SAID = 5  # damaged photos that are named
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("photos", type=Path, nargs="+", metavar="PATH", help="photo, folder or tar")
     add_model_options(parser)
     add_settings(parser)
+    add("--decoder-dtype", choices=DTYPES, default="float32", help="what the mask decoder multiplies in")
     add("--format", choices=FORMATS, default="coco", help="coco: one json over all, beside one for each photo")
     add("--no-exif", action="store_true", help="take the pixels as stored, not turned as EXIF says")
     add("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -84,12 +86,13 @@ def run(args: argparse.Namespace) -> None:
         "image_size": sam.image_encoder.img_size,
         "keep_ratio": args.keep_ratio if sam.image_encoder.config.routed else None,
         **computed_in(args),
+        "decoder_dtype": args.decoder_dtype,
         "format": args.format,
         "upright": not args.no_exif,
         "options": options,
         "blsam": __version__,
     }
-    generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **options)
+    generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", decoder_dtype=args.decoder_dtype, **options)
     with processes(args.device) as world:
         done = mask_photos(
             photos, generator.generate, args.output, args.format, settings, upright=not args.no_exif, world=world

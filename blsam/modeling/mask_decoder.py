@@ -1,4 +1,4 @@
-"""SAM's mask decoder for many prompts on one photo: the same values from a third of the multiply-adds up to the scores,
+"""SAM's mask decoder for prompts on one photo: the same values from a third of the multiply-adds up to the scores,
 and from a good half where every prompt wants its masks (ours).
 
 SAM repeats the photo's tokens for every prompt and projects them anew in every layer. But a prompt has few tokens, T
@@ -27,6 +27,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .layers import is_plain
+
+CELLS, CELLS_ON_GPU = 2**13, 2**17  # tokens of the photo, for all prompts that are decoded at a time
 
 RELEASED = [
     (kind, name, vars(kind)[name])
@@ -94,18 +96,58 @@ class Prompted:
     tokens: torch.Tensor
 
 
-class PhotoDecoder:
-    """SAM's mask decoder on one photo, for prompts without a mask of their own.
+def decode_photo(
+    decoder: Any,
+    embedding: torch.Tensor,
+    positions: torch.Tensor,
+    sparse: torch.Tensor,
+    dense: torch.Tensor,
+    three: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `decoder` makes of P prompts: logits [P, M, 4h, 4w] and scores [P, M], M 3 or 1; any decoder with SAM's call.
 
-    decoder: one that `is_sams`. embedding, positions, dense: [1, C, h, w] each, the last what the prompt encoder gives
-    for no mask.
+    embedding, positions [1, C, h, w], sparse [P, N, C] and dense [P, C, h, w] as SAM's encoders give them. Where the
+    decoder `is_sams` it is done as above, the values the same but for rounding.
+    """
+    if len(embedding) != 1 or not is_sams(decoder):
+        found: tuple[torch.Tensor, torch.Tensor] = decoder(
+            image_embeddings=embedding,
+            image_pe=positions,
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=three,
+        )
+        return found
+    shared, size, parts = dense.stride(0) == 0, prompts_at_a_time(embedding), []  # no mask is one for all
+    for start in range(0, max(1, len(sparse)), size):
+        part = slice(start, start + size)
+        photo = PhotoDecoder(decoder, embedding, positions, dense[:1] if shared else dense[part])
+        found = photo.prompted(sparse[part], three)
+        count, m = found.scores.shape
+        every = torch.arange(count * m, device=embedding.device)
+        parts.append((photo.masks(found, every // m, every % m).unflatten(0, (count, m)), found.scores))
+    logits, scores = (torch.cat(column) for column in zip(*parts))
+    return logits, scores
+
+
+def prompts_at_a_time(embedding: torch.Tensor) -> int:
+    """On an embedding [1, C, h, w], so that their tokens stay in a processor's caches or fill a GPU."""
+    return max(1, (CELLS if embedding.device.type == "cpu" else CELLS_ON_GPU) // embedding[0, 0].numel())
+
+
+class PhotoDecoder:
+    """SAM's mask decoder on one photo.
+
+    decoder: one that `is_sams`. embedding, positions: [1, C, h, w]. dense: what the prompt encoder makes of the prompts'
+    masks, [P, C, h, w], or of none, [1, C, h, w].
     """
 
     def __init__(
         self, decoder: MaskDecoder, embedding: torch.Tensor, positions: torch.Tensor, dense: torch.Tensor
     ) -> None:
         self.decoder, self.grid = decoder, embedding.shape[2:]
-        self.photo = (embedding + dense)[0].flatten(1).T.contiguous()  # [1, C, h, w] -> [n, C]
+        photo = (embedding + dense).flatten(2).mT.contiguous()  # [P or 1, C, h, w] -> [P or 1, n, C]
+        self.photo = photo[0] if len(photo) == 1 else photo
         self.positions = positions[0].flatten(1).T.contiguous()
 
     def prompted(self, sparse: torch.Tensor, three: bool = True) -> Prompted:
@@ -134,7 +176,7 @@ class PhotoDecoder:
     def _transformed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's two-way transformer: a prompt's tokens [P, T, C] -> themselves and the photo's [P, n, C]."""
         of_prompt, x, transformer = queries, self.photo, self.decoder.transformer
-        placed = x + self.positions  # [n, C], from the first layer on [P, n, C]
+        placed = x + self.positions  # [n, C] where no prompt has a mask, from the first layer on [P, n, C]
         for layer in transformer.layers:
             if layer.skip_first_layer_pe:
                 queries = layer.self_attn(q=queries, k=queries, v=queries)

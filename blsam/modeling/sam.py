@@ -12,11 +12,13 @@ from segment_anything.modeling import Sam as _Sam
 
 from .image_encoder import ImageEncoder
 from .layers import input_dtype
+from .mask_decoder import decode_photo
 from .routing import Routing, Stage
 
 
 class Sam(_Sam):
-    """Prompt encoder, mask decoder, `preprocess` and `postprocess_masks` are `segment_anything`'s."""
+    """Prompt encoder, mask decoder, `preprocess` and `postprocess_masks` are `segment_anything`'s; what the decoder gives
+    is computed in fewer operations (`decode_photo`)."""
 
     image_encoder: ImageEncoder
 
@@ -63,6 +65,7 @@ class Sam(_Sam):
     def _decode(self, record: dict[str, Any], embedding: torch.Tensor, multimask: bool) -> dict[str, torch.Tensor]:
         points = (record["point_coords"], record["point_labels"]) if "point_coords" in record else None
         sparse, dense = self.prompt_encoder(points, record.get("boxes"), record.get("mask_inputs"))
-        logits, scores = self.mask_decoder(embedding, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+        positions = self.prompt_encoder.get_dense_pe()
+        logits, scores = decode_photo(self.mask_decoder, embedding, positions, sparse, dense, multimask)
         masks = self.postprocess_masks(logits, record["image"].shape[-2:], record["original_size"])
         return {"masks": masks > self.mask_threshold, "iou_predictions": scores, "low_res_logits": logits}

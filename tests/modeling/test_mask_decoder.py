@@ -5,7 +5,8 @@ import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from torch import nn
 
-from blsam.modeling.mask_decoder import PhotoDecoder, is_sams
+from blsam.modeling import mask_decoder
+from blsam.modeling.mask_decoder import PhotoDecoder, decode_photo, is_sams
 
 
 def random_decoder(dim=32, depth=2):
@@ -40,6 +41,32 @@ def test_all_masks_equal_segment_anything_s(depth, three):
     for name, a, b in (("scores", found.scores, scores), ("masks", masks, expected)):
         gap = ((a - b).abs().max() / b.std()).item()
         assert gap < 1e-4, f"{name} differ by {gap:.1e} of their standard deviation"
+
+
+@pytest.mark.parametrize("prompts", [1, 5])
+@pytest.mark.parametrize("own_masks", [True, False], ids=["masks", "no masks"])
+@pytest.mark.parametrize("three", [True, False])
+@torch.no_grad()
+def test_prompts_with_and_without_masks_as_segment_anything_decodes_them(monkeypatch, prompts, own_masks, three):
+    decoder, (embedding, positions, dense, sparse) = random_decoder(), photo()
+    monkeypatch.setattr(mask_decoder, "CELLS", 72)  # two prompts at a time
+    assert is_sams(decoder)
+    dense = torch.randn(prompts, *dense.shape[1:]) if own_masks else dense.expand(prompts, -1, -1, -1)
+    expected = decoder(embedding, positions, sparse[:prompts], dense, three)
+    found = decode_photo(decoder, embedding, positions, sparse[:prompts], dense, three)
+    for name, a, b in zip(("masks", "scores"), found, expected):
+        assert a.shape == b.shape, name
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), f"{name} differ by {(a - b).abs().max()}"
+
+
+@torch.no_grad()
+def test_a_decoder_that_somebody_hooked_is_called_as_segment_anything_calls_it():
+    decoder, (embedding, positions, dense, sparse), seen = random_decoder(), photo(), []
+    decoder.register_forward_hook(lambda _, args, kwargs, __: seen.append((args, set(kwargs))), with_kwargs=True)
+    expected = decoder(embedding, positions, sparse, dense.expand(5, -1, -1, -1), True)
+    found = decode_photo(decoder, embedding, positions, sparse, dense.expand(5, -1, -1, -1))
+    names = {"image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings", "multimask_output"}
+    assert seen[1:] == [((), names)] and all(map(torch.equal, found, expected))
 
 
 @torch.no_grad()
