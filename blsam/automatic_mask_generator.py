@@ -35,7 +35,7 @@ class Unchanged(list):
 
 class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
     """Arguments and results as in `segment_anything`; decoder_dtype: what the mask decoder multiplies in, "float32",
-    "bfloat16" or "auto" (bfloat16 where the device has instructions for it)."""
+    "bfloat16" or "auto" (`precision.resolve_dtype`)."""
 
     def __init__(self, model: Any, *args: Any, decoder_dtype: str = "float32", **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)

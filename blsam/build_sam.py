@@ -38,8 +38,9 @@ def build_sam(
         keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it); None: the
             model's own, 0.25 of a bLSAM. What it means to a model of `REDUCED`, its rule says.
         dtype: what the encoder's products are computed and its weights held in, "float32", "bfloat16" (half the
-            memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where the device has
-            instructions for it). Input, embedding and decoder are float32 whatever it is.
+            memory; norms, softmax and importance scores stay float32) or "auto" (bfloat16 where it was measured to be
+            faster, `precision.FASTER_FROM`, and on GPUs that have it). Input, embedding and decoder are float32 whatever
+            it is.
         device: where the model is put; None: where torch makes new tensors, which is the CPU unless it is told otherwise.
         runtime: what computes the encoder's passes, "torch", "openvino", "onnxruntime" (float32 alone), or "auto", the
             fastest on this kind of processor that is installed. A model with a checkpoint is compiled here, which takes
@@ -54,7 +55,7 @@ def build_sam(
         if runtime not in ("torch", "auto"):
             raise ValueError(f"{config.name} is there for comparison and runs in torch alone, not in {runtime}")
         runtime = "torch"
-    runtime, compute = resolve(runtime, dtype, device)
+    runtime, compute = resolve(runtime, dtype, device, config.dim)
     state = None
     if checkpoint is not None:
         state, _ = ckpt.read(checkpoint, config)

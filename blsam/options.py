@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import CONFIGS, REDUCED
-from .precision import DTYPES
+from .config import CONFIGS, MODELS, REDUCED
+from .precision import DTYPES, WIDE
 from .runtimes.choice import RUNTIMES, resolve
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--dtype": {
         "choices": DTYPES,
         "default": "auto",
-        "help": "of the encoder; auto: bfloat16 where there is hardware for it",
+        "help": "of the encoder; auto: bfloat16 where that is faster (blsam models)",
     },
     "--runtime": {
         "choices": RUNTIMES,
@@ -168,7 +168,8 @@ def builder_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def computed_in(args: argparse.Namespace) -> dict[str, str]:
     """The --runtime and the --dtype asked for, "auto" decided for this machine and the --device."""
-    runtime, dtype = resolve(getattr(args, "runtime", "torch"), args.dtype, args.device)
+    width = MODELS[args.model].dim if args.model in MODELS else WIDE
+    runtime, dtype = resolve(getattr(args, "runtime", "torch"), args.dtype, args.device, width)
     return {"runtime": runtime, "dtype": str(dtype).removeprefix("torch.")}
 
 

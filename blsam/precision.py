@@ -1,40 +1,57 @@
-"""Which number format the encoder multiplies in: float32, bfloat16, or what suits the device."""
+"""Which number format the encoder multiplies in: float32, bfloat16, or what was measured to be faster on the device."""
 
 from __future__ import annotations
 
+import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # options need the names alone, at once
     import torch
 
 DTYPES = ("float32", "bfloat16", "auto")
+WIDE = 768  # of ViT-B
+
+# By kind of processor and runtime: the width of an encoder's tokens from which bfloat16 was measured to be faster than
+# float32 (docs/speed.md). Where nothing was measured float32 is taken.
+FASTER_FROM = {
+    ("amx", "torch"): 0,
+    ("amx", "openvino"): 0,
+    ("avx512_bf16", "torch"): WIDE,
+    ("avx512_bf16", "openvino"): 0,
+}
 
 
-def resolve_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """The dtype a name stands for on a device; ValueError for other names.
+def resolve_dtype(
+    name: str, device: torch.device | str = "cpu", width: int = WIDE, runtime: str = "torch"
+) -> torch.dtype:
+    """The dtype a name stands for on a device, for an encoder whose tokens are so wide; ValueError for other names.
 
-    "auto" is bfloat16 where the hardware multiplies it, else float32. "bfloat16" works everywhere, without such
-    hardware slowly.
+    "auto" is bfloat16 where that is faster: on GPUs with instructions for it, and on the processors of `FASTER_FROM`.
+    "bfloat16" works everywhere, without such hardware slowly.
     """
     import torch
 
     if name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, is {name!r}")
     if name == "auto":
-        name = "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
+        device = torch.device(device)
+        if device.type == "cuda":
+            faster = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            least = FASTER_FROM.get((processor(), runtime)) if device.type == "cpu" else None
+            faster = least is not None and width >= least
+        name = "bfloat16" if faster else "float32"
     return getattr(torch, name)
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products in bfloat16."""
+def processor() -> str:
+    """The kind of this processor, by its instructions for products: "amx", "avx512_bf16", "avx512", else its name."""
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    get_capabilities = getattr(torch.cpu, "get_capabilities", None)  # torch 2.10 and later
-    if get_capabilities is not None:
-        found = get_capabilities()
-        return any(found.get(key, False) for key in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and later
+        found = torch.cpu.get_capabilities()
+        names = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512_f"}
+        return next((kind for kind, name in names.items() if found.get(name)), platform.machine())
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else platform.machine()

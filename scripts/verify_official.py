@@ -121,7 +121,7 @@ def compare(args: argparse.Namespace, name: str, state: ckpt.State, image: np.nd
     for key, prompt in prompts.items():
         rows.append((f"masks of a {key}, three", agreement(predictor.predict(**prompt), expected[key])))
     del predictor
-    auto = str(resolve_dtype("auto", args.device)).removeprefix("torch.")
+    auto = str(resolve_dtype("auto", args.device, CONFIGS[name].dim)).removeprefix("torch.")
     if auto != "float32":
         predictor, half = ours(auto)
         cosine = torch.cosine_similarity(predictor.features.cpu(), embedding, dim=1).mean().item()

@@ -6,19 +6,48 @@ import torch
 import torch.nn.functional as F
 from skimage import data
 
-from blsam import SamPredictor, sam_model_registry
+from blsam import SamPredictor, build_sam, precision, sam_model_registry
+from blsam.config import CONFIGS
 from blsam.modeling.image_encoder import ImageEncoder
 from blsam.options import shipped_checkpoint
-from blsam.precision import has_bfloat16, resolve_dtype
+from blsam.precision import resolve_dtype
 from tests.helpers import TINY, TINY_EXACT, TINY_SIZE, randomize
 
 
 def test_names():
     assert resolve_dtype("float32") == torch.float32 and resolve_dtype("bfloat16") == torch.bfloat16
-    assert resolve_dtype("auto") == (torch.bfloat16 if has_bfloat16(torch.device("cpu")) else torch.float32)
     assert resolve_dtype("auto", "meta") == torch.float32
     with pytest.raises(ValueError, match="must be one of float32, bfloat16, auto, is 'float16'"):
         sam_model_registry["vit_t"](dtype="float16")
+
+
+CASES = [
+    ("amx", "torch", 192, torch.bfloat16),
+    ("amx", "openvino", 192, torch.bfloat16),
+    ("avx512_bf16", "torch", 192, torch.float32),
+    ("avx512_bf16", "torch", 768, torch.bfloat16),
+    ("avx512_bf16", "openvino", 192, torch.bfloat16),
+    ("avx512", "torch", 768, torch.float32),
+    ("aarch64", "torch", 1280, torch.float32),
+    ("amx", "onnxruntime", 768, torch.float32),  # which has no kernels for it
+]
+
+
+@pytest.mark.parametrize(("kind", "runtime", "width", "dtype"), CASES)
+def test_auto_is_what_was_measured_to_be_faster(monkeypatch, kind, runtime, width, dtype):
+    monkeypatch.setattr(precision, "processor", lambda: kind)
+    assert resolve_dtype("auto", "cpu", width, runtime) == dtype
+
+
+def test_the_builders_ask_for_their_own_width(monkeypatch):
+    monkeypatch.setattr(precision, "processor", lambda: "avx512_bf16")
+    with torch.device("meta"):
+        found = {name: build_sam(CONFIGS[name], dtype="auto", image_size=64) for name in ("vit_t", "vit_b")}
+    weights = {name: sam.image_encoder.blocks[0].mlp.lin1.weight.dtype for name, sam in found.items()}
+    assert weights == {"vit_t": torch.float32, "vit_b": torch.float32}  # no processor at all
+    found = {name: build_sam(CONFIGS[name], dtype="auto", image_size=64) for name in ("vit_t", "vit_b")}
+    weights = {name: sam.image_encoder.blocks[0].mlp.lin1.weight.dtype for name, sam in found.items()}
+    assert weights == {"vit_t": torch.float32, "vit_b": torch.bfloat16}
 
 
 def test_only_products_are_held_in_half_precision():

@@ -46,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
     add("--seed", type=int, default=defaults.seed)
     add_option(parser, "--device")
-    add_option(
-        parser, "--dtype", default=defaults.dtype, help="of the fits; auto: bfloat16 where there is hardware for it"
-    )
+    add_option(parser, "--dtype", default=defaults.dtype, help="of the fits; auto: bfloat16 where that is faster")
     add("--json", type=Path, metavar="OUT", help="the report")
     add("-o", "--output", type=Path, required=True, metavar="FILE", help="checkpoint, .safetensors or .pth")
 

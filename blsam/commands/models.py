@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..config import MODELS, OUT_CHANNELS, EncoderConfig
 from ..options import shipped_checkpoint
-from ..precision import resolve_dtype
-from ..runtimes.choice import processor, resolve
+from ..precision import processor, resolve_dtype
+from ..runtimes.choice import resolve
+
+if TYPE_CHECKING:
+    import torch
 
 PROMPTS_AND_DECODER = 6_220 + 4_058_340  # parameters of SAM's prompt encoder and mask decoder
 
@@ -23,17 +27,25 @@ def run(args: argparse.Namespace) -> None:
     from ..baselines.sam.macs import config_macs
     from ..modeling.macs import sam_macs
 
-    print(f"{'model':<13} {'parameters':>11} {'GMACs SAM':>10} {'GMACs ours':>11} {'keep ratio':>11}  weights")
+    print(f"{'model':<13} {'parameters':>11} {'GMACs SAM':>10} {'GMACs ours':>11} {'keep ratio':>11}  weights  auto")
     for name, config in MODELS.items():
         keep = f"{config.keep_ratio:g}" if config.reduces else "-"
         has = "shipped" if shipped_checkpoint(name) else "-"
         dense, ours = sam_macs(config.dense) / 1e9, config_macs(config) / 1e9
-        print(f"{name:<13} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has}")
-    auto = str(resolve_dtype("auto")).removeprefix("torch.")
-    on_gpu = torch.cuda.is_available() and str(resolve_dtype("auto", "cuda")).removeprefix("torch.")
-    print(f"dtype auto on this processor ({processor()}): {auto}" + (f", on its GPU: {on_gpu}" if on_gpu else ""))
-    print(f"runtime auto: {resolve('auto', 'auto')[0]}")
+        runtime, dtype = resolve("auto" if config.rule is None else "torch", "auto", width=config.dim)
+        auto = f"{runtime}, {_name(dtype)}"
+        print(
+            f"{name:<13} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has:<7}  {auto}"
+        )
+    print(f"auto: what --runtime and --dtype come to on this processor ({processor()})", end="")
+    if torch.cuda.is_available():
+        print(f"; on its GPU torch, {_name(resolve_dtype('auto', 'cuda'))}", end="")
+    print()
     print("GMACs of the encoder at 1024 x 1024: the dense model as segment_anything computes it, and ours")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def parameters(config: EncoderConfig, image_size: int = 1024) -> int:

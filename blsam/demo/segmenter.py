@@ -28,7 +28,7 @@ from .photos import BoundedCache, Photo, Refused, open_photo
 PHOTO_BYTES, ENCODING_BYTES = 512 * 2**20, 256 * 2**20
 MAX_POINTS = 1000
 MAX_WAITING, MAX_EVERYTHING = 24, 8  # requests that wait for the model; more are told to come back
-EVERYTHING = {  # for the small model that ships, which is less sure of itself than SAM
+EVERYTHING: dict[str, Any] = {  # for the small model that ships, which is less sure of itself than SAM
     "points_per_side": 16,
     "points_per_batch": 16,  # clicks of others get their turn between two batches
     "pred_iou_thresh": 0.5,

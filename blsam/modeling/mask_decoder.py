@@ -110,14 +110,14 @@ def decode_photo(
     decoder `is_sams` it is done as above, the values the same but for rounding.
     """
     if len(embedding) != 1 or not is_sams(decoder):
-        found: tuple[torch.Tensor, torch.Tensor] = decoder(
+        logits, scores = decoder(
             image_embeddings=embedding,
             image_pe=positions,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=three,
         )
-        return found
+        return logits, scores
     shared, size, parts = dense.stride(0) == 0, prompts_at_a_time(embedding), []  # no mask is one for all
     for start in range(0, max(1, len(sparse)), size):
         part = slice(start, start + size)

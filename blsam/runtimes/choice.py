@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import platform
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..precision import resolve_dtype
+from ..precision import WIDE, processor, resolve_dtype
 
 if TYPE_CHECKING:  # options need the names alone, at once
     import torch
@@ -15,12 +14,14 @@ if TYPE_CHECKING:  # options need the names alone, at once
 RUNTIMES = ("torch", "openvino", "onnxruntime", "auto")
 NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
 
-# The fastest by kind of processor and dtype, as measured (docs/runtimes.md); where nothing was measured, torch.
-FASTEST = {(kind, dtype): "openvino" for kind in ("amx", "avx512_bf16") for dtype in ("float32", "bfloat16")}
+# The fastest by kind of processor, in both dtypes, as measured (docs/runtimes.md); where nothing was measured, torch.
+FASTEST = {"amx": "openvino", "avx512_bf16": "openvino"}
 
 
-def resolve(runtime: str, dtype: str, device: torch.device | str = "cpu") -> tuple[str, torch.dtype]:
-    """A runtime and a dtype by name -> those that are meant on this machine.
+def resolve(
+    runtime: str, dtype: str, device: torch.device | str = "cpu", width: int = WIDE
+) -> tuple[str, torch.dtype]:
+    """A runtime and a dtype by name -> those that are meant on this machine, for an encoder whose tokens are so wide.
 
     "auto" is what the environment says in `BLSAM_RUNTIME`, else the fastest that is installed. ValueError where both, or
     the device, do not go together, ImportError where the runtime's package is missing.
@@ -32,14 +33,10 @@ def resolve(runtime: str, dtype: str, device: torch.device | str = "cpu") -> tup
         runtime, said = os.environ.get("BLSAM_RUNTIME") or "auto", "BLSAM_RUNTIME"
     if runtime not in RUNTIMES:
         raise ValueError(f"{said} must be one of {', '.join(RUNTIMES)}, is {runtime!r}")
-    if runtime == "onnxruntime" and dtype == "auto":
-        dtype = "float32"
-    resolved = resolve_dtype(dtype, device)
     if runtime == "auto":
-        runtime = "torch"
-        if device.type == "cpu":
-            fastest = FASTEST.get((processor(), str(resolved).removeprefix("torch.")), "torch")
-            runtime = fastest if find_spec(fastest) else "torch"
+        fastest = FASTEST.get(processor(), "torch") if device.type == "cpu" else "torch"
+        runtime = fastest if find_spec(fastest) else "torch"
+    resolved = resolve_dtype(dtype, device, width, runtime)
     if runtime == "torch":
         return runtime, resolved
     if device.type != "cpu":
@@ -58,16 +55,3 @@ def require(*modules: str) -> None:
     if missing:
         extra = "openvino" if "openvino" in missing else "onnx"
         raise ImportError(f"{', '.join(missing)} not installed; pip install 'blsam[{extra}]'")
-
-
-def processor() -> str:
-    """The kind of this processor, by its instructions for products: "amx", "avx512_bf16", "avx512", else its name."""
-    import torch
-
-    if hasattr(torch.cpu, "get_capabilities"):  # torch 2.10 and later
-        found = torch.cpu.get_capabilities()
-        names = {"amx": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512_f"}
-        return next((kind for kind, name in names.items() if found.get(name)), platform.machine())
-    if torch.cpu._is_amx_tile_supported():
-        return "amx"
-    return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else platform.machine()

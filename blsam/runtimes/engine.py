@@ -29,9 +29,9 @@ from ..modeling.image_encoder import ImageEncoder
 from ..modeling.layers import input_dtype
 from ..modeling.routing import Routing, Stage, TrueSizes
 from ..options import one_line
+from ..precision import processor
 from . import cache
 from .backends import BACKENDS, Options, Pass
-from .choice import processor
 
 HELD = 2  # compiled encoders in memory at a time: of keep ratios that alternate
 LEAST_COSINE = 0.999  # of products in bfloat16, whose values cannot be torch's float32

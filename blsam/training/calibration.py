@@ -102,7 +102,7 @@ class Calibration:
         self.branches = branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += len(self.model.predictors) * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
-        self.descent = Descent(settings.minutes, weight, settings.dtype, self.device)
+        self.descent = Descent(settings.minutes, weight, settings.dtype, self.device, tokens.shape[-1])
 
     # --- the three passes ---------------------------------------------------------------------------------------
 

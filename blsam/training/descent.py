@@ -18,12 +18,13 @@ WARM_UP = 20  # steps
 class Descent:
     """minutes: wall time for all fits and what lies between them, or None; weight: the sum of those of all fits.
 
-    dtype: of the products, "auto" decided for the device. `seconds` have passed since `start`, earlier runs included.
+    dtype: of the products, "auto" decided for the device and the width of the tokens. `seconds` have passed since
+    `start`, earlier runs included.
     """
 
-    def __init__(self, minutes: float | None, weight: int, dtype: str, device: torch.device) -> None:
+    def __init__(self, minutes: float | None, weight: int, dtype: str, device: torch.device, width: int) -> None:
         self.minutes, self.weight, self.device = minutes, weight, device
-        self.half = resolve_dtype(dtype, device) == torch.bfloat16
+        self.half = resolve_dtype(dtype, device, width) == torch.bfloat16
         self.start(0, 0.0)
 
     def start(self, done: int, seconds: float) -> None:

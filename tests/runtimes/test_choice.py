@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blsam import precision
 from blsam.runtimes import choice
 from blsam.runtimes.choice import FASTEST, RUNTIMES, resolve
 
@@ -23,12 +24,24 @@ def test_onnxruntime_is_float32_alone():
         resolve("onnxruntime", "bfloat16")
 
 
-@pytest.mark.parametrize(("kind", "dtype"), FASTEST)
+@pytest.mark.parametrize("kind", FASTEST)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_auto_takes_the_fastest_that_is_installed(kind, dtype, monkeypatch):
     monkeypatch.setattr(choice, "processor", lambda: kind)
-    assert resolve("auto", dtype) == (FASTEST[kind, dtype], getattr(torch, dtype))
+    assert resolve("auto", dtype) == (FASTEST[kind], getattr(torch, dtype))
     monkeypatch.setattr(choice, "find_spec", lambda name: None)
     assert resolve("auto", dtype)[0] == "torch"
+
+
+@pytest.mark.parametrize(("installed", "expected"), [(True, "openvino bfloat16"), (False, "torch float32")])
+def test_auto_and_auto_choose_the_runtime_first(installed, expected, monkeypatch):
+    """A small encoder where bfloat16 is faster in OpenVINO and slower in torch."""
+    for module in (choice, precision):
+        monkeypatch.setattr(module, "processor", lambda: "avx512_bf16")
+    if not installed:
+        monkeypatch.setattr(choice, "find_spec", lambda name: None)
+    runtime, dtype = resolve("auto", "auto", width=192)
+    assert f"{runtime} {str(dtype).removeprefix('torch.')}" == expected
 
 
 def test_auto_where_nothing_was_measured(monkeypatch):
