@@ -18,6 +18,7 @@ from segment_anything.utils.amg import (
     uncrop_masks,
 )
 
+from .config import OUT_CHANNELS
 from .decoding import confident
 from .images import as_photo
 from .precision import resolve_dtype
@@ -34,13 +35,15 @@ class Unchanged(list):
 
 
 class SamAutomaticMaskGenerator(_SamAutomaticMaskGenerator):
-    """Arguments and results as in `segment_anything`; decoder_dtype: what the mask decoder multiplies in, "float32",
-    "bfloat16" or "auto" (`precision.resolve_dtype`)."""
+    """Arguments and results as in `segment_anything`; decoder_dtype: what the mask decoder multiplies in where no autocast
+    says otherwise, "float32", "bfloat16" or "auto" (`precision.resolve_dtype`)."""
+
+    decoder_dtype: torch.dtype = torch.float32
 
     def __init__(self, model: Any, *args: Any, decoder_dtype: str = "float32", **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.predictor = SamPredictor(model)
-        self.decoder_dtype = resolve_dtype(decoder_dtype, self.predictor.device)
+        self.decoder_dtype = resolve_dtype(decoder_dtype, self.predictor.device, OUT_CHANNELS)
 
     def generate(self, image: Any) -> list[dict[str, Any]]:
         """Masks of everything in an image, uint8 [H, W, 3] or anything that `images.as_photo` reads as one; one record

@@ -49,11 +49,14 @@ def build_classifier(
     Raises FileNotFoundError or CheckpointError (a ValueError) for the checkpoint, ValueError for the other arguments.
     """
     make = partial(BLVisionTransformer, config, keep_ratio=keep_ratio)
-    return with_weights(make, checkpoint, image_size=image_size, num_classes=num_classes, dtype=dtype, device=device)
+    return with_weights(
+        make, config.dim, checkpoint, image_size=image_size, num_classes=num_classes, dtype=dtype, device=device
+    )
 
 
 def with_weights(
     make: Callable[..., Model],
+    width: int,
     checkpoint: str | Path | None = None,
     *,
     image_size: int | None = None,
@@ -61,10 +64,10 @@ def with_weights(
     dtype: str = "float32",
     device: torch.device | str | None = None,
 ) -> Model:
-    """What `make` builds of img_size and num_classes, ready as `build_classifier` says, whose arguments and errors these
-    are."""
+    """What `make` builds of img_size and num_classes, with tokens of such a width, ready as `build_classifier` says, whose
+    other arguments and errors these are."""
     device = torch.get_default_device() if device is None else device
-    compute = resolve_dtype(dtype, device)
+    compute = resolve_dtype(dtype, device, width)
     state = None
     if checkpoint is not None:
         state = read_classifier(checkpoint)

@@ -14,7 +14,7 @@ from .config import MODELS, OUT_CHANNELS, REDUCED, EncoderConfig
 from .modeling.sam import Sam
 from .modeling.windows import PATCH
 from .runtimes.cache import default_folder
-from .runtimes.choice import resolve
+from .runtimes.choice import resolve_for
 
 
 def build_sam(
@@ -51,11 +51,7 @@ def build_sam(
     ImportError for a runtime that is not installed.
     """
     device = torch.get_default_device() if device is None else device
-    if config.rule is not None:
-        if runtime not in ("torch", "auto"):
-            raise ValueError(f"{config.name} is there for comparison and runs in torch alone, not in {runtime}")
-        runtime = "torch"
-    runtime, compute = resolve(runtime, dtype, device, config.dim)
+    runtime, compute = resolve_for(config, runtime, dtype, device)
     state = None
     if checkpoint is not None:
         state, _ = ckpt.read(checkpoint, config)

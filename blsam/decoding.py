@@ -2,7 +2,7 @@
 and of many points only those that the decoder is sure of are made at all.
 
 Works on any predictor with SAM's interface (`model`, `features`, `transform`, `input_size`, `original_size`), so that
-others are measured in exactly the same way.
+others are measured in the same way; a decoder that is not SAM's as released is called as it is.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from segment_anything.modeling import PromptEncoder
 
-from .modeling.mask_decoder import PhotoDecoder, decode_photo, is_sams, prompts_at_a_time
+from .modeling.mask_decoder import decode_photo, take_apart
 
 CHUNK = 32  # prompts decoded at a time, which bounds the memory
 
@@ -55,7 +54,7 @@ def decode(
     if boxes is not None:
         given = torch.tensor(boxes, dtype=torch.float32, device=device)
         corners = predictor.transform.apply_boxes_torch(given, predictor.original_size)
-    found_logits, found_scores = [], []
+    found_logits, found_scores, positions = [], [], model.prompt_encoder.get_dense_pe()
     for start in range(0, len(prompts), CHUNK):
         part = slice(start, start + CHUNK)
         sparse, dense = model.prompt_encoder(
@@ -63,7 +62,6 @@ def decode(
             boxes=None if corners is None else corners[part],
             masks=None if logits is None else logits[part],
         )
-        positions = model.prompt_encoder.get_dense_pe()
         with products_in(dtype, device):
             low, scores = decode_photo(model.mask_decoder, predictor.features, positions, sparse, dense, three)
         found_logits.append(low.float())  # under autocast they are not
@@ -86,26 +84,26 @@ def confident(
     predictor: Any, points: np.ndarray, threshold: float | None, dtype: torch.dtype = torch.float32
 ) -> Confident:
     """Of three candidate masks for each point [P, 2] (x, y in pixels of the photo) those with a predicted IoU above the
-    threshold; None: all. Others are not made, where prompt encoder and decoder are SAM's as released. dtype: what the
-    decoder multiplies in."""
+    threshold; None: all. Others are not made, where the decoder is SAM's as released. dtype: what the decoder multiplies
+    in."""
     model, features = predictor.model, predictor.features
-    if type(model.prompt_encoder) is not PromptEncoder or len(features) != 1 or not is_sams(model.mask_decoder):
-        all_masks = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points], dtype=dtype)
-        prompts, candidates = _above(all_masks.scores, threshold)
-        return Confident(all_masks.logits[prompts, candidates], all_masks.scores[prompts, candidates], prompts)
     given = torch.tensor(points, dtype=torch.float32, device=features.device)[:, None]  # [P, 1, 2]
     coords = predictor.transform.apply_coords_torch(given, predictor.original_size)
     sparse, dense = model.prompt_encoder((coords, torch.ones_like(coords[..., 0])), None, None)
-    decoder = PhotoDecoder(model.mask_decoder, features, model.prompt_encoder.get_dense_pe(), dense[:1])
-    size, parts = prompts_at_a_time(features), []
-    for start in range(0, len(points), size):
-        with products_in(dtype, features.device):
-            found = decoder.prompted(sparse[start : start + size])
-            scores = found.scores.float()  # under autocast they are not
+    photo = take_apart(model.mask_decoder, features, model.prompt_encoder.get_dense_pe(), sparse, dense)
+    if photo is None:
+        every = decode(predictor, points=[[(float(x), float(y), 1)] for x, y in points], dtype=dtype)
+        prompts, candidates = _above(every.scores, threshold)
+        return Confident(every.logits[prompts, candidates], every.scores[prompts, candidates], prompts)
+    found = []
+    with products_in(dtype, features.device):
+        for part in photo.parts(len(points)):
+            some = photo.prompted(sparse, part)
+            scores = some.scores.float()  # under autocast they are not
             prompts, candidates = _above(scores, threshold)
-            logits = decoder.masks(found, prompts, candidates).float()
-        parts.append((logits, scores[prompts, candidates], prompts + start))
-    return Confident(*(torch.cat(column) for column in zip(*parts)))
+            logits = photo.masks(some, prompts, candidates).float()
+            found.append((logits, scores[prompts, candidates], prompts + part.start))
+    return Confident(*(torch.cat(column) for column in zip(*found)))
 
 
 def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:

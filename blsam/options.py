@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from .config import CONFIGS, MODELS, REDUCED
+from .config import CLASSIFIERS, CONFIGS, MODELS, REDUCED
 from .precision import DTYPES, WIDE
-from .runtimes.choice import RUNTIMES, resolve
+from .runtimes.choice import RUNTIMES, resolve, resolve_for
 
 if TYPE_CHECKING:
     import torch
@@ -168,8 +168,12 @@ def builder_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def computed_in(args: argparse.Namespace) -> dict[str, str]:
     """The --runtime and the --dtype asked for, "auto" decided for this machine and the --device."""
-    width = MODELS[args.model].dim if args.model in MODELS else WIDE
-    runtime, dtype = resolve(getattr(args, "runtime", "torch"), args.dtype, args.device, width)
+    runtime = getattr(args, "runtime", "torch")
+    if args.model in MODELS:
+        runtime, dtype = resolve_for(MODELS[args.model], runtime, args.dtype, args.device)
+    else:  # a classifier, or somebody's own: torch's
+        width = CLASSIFIERS[args.model].dim if args.model in CLASSIFIERS else WIDE
+        runtime, dtype = resolve(runtime, args.dtype, args.device, width)
     return {"runtime": runtime, "dtype": str(dtype).removeprefix("torch.")}
 
 

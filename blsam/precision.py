@@ -1,4 +1,4 @@
-"""Which number format the encoder multiplies in: float32, bfloat16, or what was measured to be faster on the device."""
+"""Which number format a model multiplies in: float32, bfloat16, or what was measured to be faster on the processor."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:  # options need the names alone, at once
 DTYPES = ("float32", "bfloat16", "auto")
 WIDE = 768  # of ViT-B
 
-# By kind of processor and runtime: the width of an encoder's tokens from which bfloat16 was measured to be faster than
-# float32 (docs/speed.md). Where nothing was measured float32 is taken.
+# By kind of processor and runtime: the width of tokens from which bfloat16 was measured to be faster than float32
+# (docs/speed.md). Where nothing was measured float32 is taken.
 FASTER_FROM = {
     ("amx", "torch"): 0,
     ("amx", "openvino"): 0,
@@ -21,12 +21,10 @@ FASTER_FROM = {
 }
 
 
-def resolve_dtype(
-    name: str, device: torch.device | str = "cpu", width: int = WIDE, runtime: str = "torch"
-) -> torch.dtype:
-    """The dtype a name stands for on a device, for an encoder whose tokens are so wide; ValueError for other names.
+def resolve_dtype(name: str, device: torch.device | str, width: int, runtime: str = "torch") -> torch.dtype:
+    """The dtype a name stands for on a device, for a model whose tokens are so wide; ValueError for other names.
 
-    "auto" is bfloat16 where that is faster: on GPUs with instructions for it, and on the processors of `FASTER_FROM`.
+    "auto" is bfloat16 on the processors of `FASTER_FROM`, and, not measured, on GPUs with instructions for it.
     "bfloat16" works everywhere, without such hardware slowly.
     """
     import torch

@@ -20,8 +20,9 @@ import segment_anything
 
 from .automatic_mask_generator import SamAutomaticMaskGenerator
 from .build_sam import Builder, build_sam_vit_h, sam_model_registry
+from .config import MODELS
 from .predictor import SamPredictor
-from .runtimes.choice import resolve
+from .runtimes.choice import resolve_for
 
 _replaced: list[tuple[dict[str, Any], str, Any]] = []  # where, the name, what was there
 
@@ -51,7 +52,7 @@ def install(*, routed: bool = False, **options: Any) -> Installed:
     ImportError for a runtime that is not installed.
     """
     inspect.signature(build_sam_vit_h).bind_partial(**options)  # TypeError here, and not inside somebody's program
-    resolve(options.get("runtime", "torch"), options.get("dtype", "float32"))
+    resolve_for(MODELS["vit_h"], options.get("runtime", "torch"), options.get("dtype", "float32"))
     uninstall()
     builders: dict[str, Builder] = {}
     for name, builder in sam_model_registry.items():

@@ -9,15 +9,10 @@ from pycocotools import mask as rle_tools
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from blsam import SamAutomaticMaskGenerator, sam_model_registry
 from blsam.options import shipped_checkpoint
+from scripts.benchmarks.benchmark_masks import Reference
 from tests.photos import PHOTOS
-
-
-class Reference(SamPredictor):
-    """Our photo, segment_anything's decoding."""
-
-    predict_torch = sa.SamPredictor.predict_torch
 
 
 @pytest.mark.parametrize("crops", [0, 1])

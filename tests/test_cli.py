@@ -9,7 +9,10 @@ from pycocotools import mask as rle_tools
 from skimage import data
 
 from blsam.cli import main
+from blsam.config import MODELS
 from blsam.options import shipped_checkpoint
+from blsam.precision import processor
+from blsam.runtimes.choice import resolve_for
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,11 @@ def test_models_lists_the_registry(capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert "blsam_vit_h" in out and "2144.4" in out and "486.0" in out
+    rows = {line.split()[0]: line for line in out.splitlines()}
+    for name in ("vit_b", "evit_vit_t"):
+        runtime, dtype = resolve_for(MODELS[name], "auto", "auto")
+        assert rows[name].endswith(f"{runtime}, {str(dtype).removeprefix('torch.')}"), rows[name]
+    assert f"on this processor ({processor()})" in rows["auto:"]
 
 
 @pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t"])

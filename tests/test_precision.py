@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from skimage import data
 
-from blsam import SamPredictor, build_sam, precision, sam_model_registry
-from blsam.config import CONFIGS
+from blsam import SamAutomaticMaskGenerator, SamPredictor, build_sam, precision, sam_model_registry
+from blsam.build_classifier import build_classifier
+from blsam.config import CLASSIFIERS, CONFIGS
 from blsam.modeling.image_encoder import ImageEncoder
 from blsam.options import shipped_checkpoint
 from blsam.precision import resolve_dtype
@@ -15,8 +16,8 @@ from tests.helpers import TINY, TINY_EXACT, TINY_SIZE, randomize
 
 
 def test_names():
-    assert resolve_dtype("float32") == torch.float32 and resolve_dtype("bfloat16") == torch.bfloat16
-    assert resolve_dtype("auto", "meta") == torch.float32
+    assert {resolve_dtype(name, "cpu", 192) for name in ("float32", "bfloat16")} == {torch.float32, torch.bfloat16}
+    assert resolve_dtype("auto", "meta", 768) == torch.float32
     with pytest.raises(ValueError, match="must be one of float32, bfloat16, auto, is 'float16'"):
         sam_model_registry["vit_t"](dtype="float16")
 
@@ -40,6 +41,7 @@ def test_auto_is_what_was_measured_to_be_faster(monkeypatch, kind, runtime, widt
 
 
 def test_the_builders_ask_for_their_own_width(monkeypatch):
+    """And the mask generator for the decoder's, 256."""
     monkeypatch.setattr(precision, "processor", lambda: "avx512_bf16")
     with torch.device("meta"):
         found = {name: build_sam(CONFIGS[name], dtype="auto", image_size=64) for name in ("vit_t", "vit_b")}
@@ -48,6 +50,12 @@ def test_the_builders_ask_for_their_own_width(monkeypatch):
     found = {name: build_sam(CONFIGS[name], dtype="auto", image_size=64) for name in ("vit_t", "vit_b")}
     weights = {name: sam.image_encoder.blocks[0].mlp.lin1.weight.dtype for name, sam in found.items()}
     assert weights == {"vit_t": torch.float32, "vit_b": torch.bfloat16}
+    assert SamAutomaticMaskGenerator(found["vit_b"], decoder_dtype="auto").decoder_dtype == torch.float32
+    wide, narrow = (
+        build_classifier(CLASSIFIERS[name], dtype="auto") for name in ("vit_base_patch16_224", "vit_mini_patch4_32")
+    )
+    assert wide.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert narrow.blocks[0].mlp.fc1.weight.dtype == torch.float32
 
 
 def test_only_products_are_held_in_half_precision():

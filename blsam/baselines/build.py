@@ -56,4 +56,6 @@ def build_baseline(
     if foreign := [option for option in options if option not in known]:
         raise ValueError(f"{name} has no option {foreign[0]!r}; it has {', '.join(known)}")
     make = partial(method, config, method.Options(**options))
-    return with_weights(make, checkpoint, image_size=image_size, num_classes=num_classes, dtype=dtype, device=device)
+    return with_weights(
+        make, config.dim, checkpoint, image_size=image_size, num_classes=num_classes, dtype=dtype, device=device
+    )

@@ -10,7 +10,6 @@ A run that was killed goes on when the same command is given again.
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
 from ..checkpoint import SUFFIXES, checked_path
@@ -19,8 +18,8 @@ from ..data.annotations import Annotations
 from ..evaluation.report import left_out_line
 from ..files import write_json
 from ..options import ROUTED, UsageError, add_option, check_output
-from ..training.calibrate import calibrate, choose_photos, default_limit, default_settings, table
-from ..training.calibration import Settings
+from ..training.calibrate import calibrate, choose_photos, default_limit, table
+from ..training.calibration import STEPS, Settings
 
 CLASSIFIERS_ROUTED = tuple(name for name, config in CLASSIFIERS.items() if config.routed)
 MOST_STEPS = 1000  # of a fit, however many minutes there are
@@ -42,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="photos; default 64 for blsam_vit_t, 16 for other segmenters, 334 for classifiers at 224",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help=f"of each fit, twice as many of each stage; {defaults.steps}")
+    length.add_argument(
+        "--steps", type=int, help=f"of each fit, twice as many of each stage; {STEPS}, of large photos fewer"
+    )
     length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
     add("--seed", type=int, default=defaults.seed)
     add_option(parser, "--device")
@@ -71,12 +72,13 @@ def run(args: argparse.Namespace) -> None:
     annotations = None
     if args.annotations is not None:
         annotations = Annotations(args.annotations, args.annotation_images, "coco")
-    settings = replace(
-        default_settings(config), keep_ratio=args.keep_ratio, seed=args.seed, minutes=args.minutes, dtype=args.dtype
+    settings = Settings(
+        steps=MOST_STEPS if args.minutes is not None else args.steps,
+        minutes=args.minutes,
+        keep_ratio=args.keep_ratio,
+        seed=args.seed,
+        dtype=args.dtype,
     )
-    steps = MOST_STEPS if args.minutes is not None else args.steps
-    if steps is not None:
-        settings = replace(settings, steps=steps, stage_steps=2 * steps)
     report = calibrate(
         config,
         args.checkpoint,

@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("photos", type=Path, nargs="+", metavar="PATH", help="photo, folder or tar")
     add_model_options(parser)
     add_settings(parser)
-    add("--decoder-dtype", choices=DTYPES, default="float32", help="what the mask decoder multiplies in")
     add("--format", choices=FORMATS, default="coco", help="coco: one json over all, beside one for each photo")
     add("--no-exif", action="store_true", help="take the pixels as stored, not turned as EXIF says")
     add("-o", "--output", type=Path, required=True, metavar="DIR")
@@ -59,6 +58,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("masks", "as in SAM's amg.py")
     for name, (kind, words) in SETTINGS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__[0].upper(), help=words)
+    parser.add_argument(
+        "--decoder-dtype", choices=DTYPES, default="float32", help="what the mask decoder multiplies in"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,19 +82,19 @@ def run(args: argparse.Namespace) -> None:
 
     photos = find_photos(args.photos, args.format)
     sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
+    generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", decoder_dtype=args.decoder_dtype, **options)
     settings: dict[str, Any] = {
         "model": args.model,
         "checkpoint_sha256": sha256(checkpoint),
         "image_size": sam.image_encoder.img_size,
         "keep_ratio": args.keep_ratio if sam.image_encoder.config.routed else None,
         **computed_in(args),
-        "decoder_dtype": args.decoder_dtype,
+        "decoder_dtype": str(generator.decoder_dtype).removeprefix("torch."),
         "format": args.format,
         "upright": not args.no_exif,
         "options": options,
         "blsam": __version__,
     }
-    generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", decoder_dtype=args.decoder_dtype, **options)
     with processes(args.device) as world:
         done = mask_photos(
             photos, generator.generate, args.output, args.format, settings, upright=not args.no_exif, world=world

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ..config import MODELS, OUT_CHANNELS, EncoderConfig
 from ..options import shipped_checkpoint
-from ..precision import processor, resolve_dtype
-from ..runtimes.choice import resolve
+from ..precision import WIDE, processor, resolve_dtype
+from ..runtimes.choice import resolve_for
 
 if TYPE_CHECKING:
     import torch
@@ -32,14 +32,14 @@ def run(args: argparse.Namespace) -> None:
         keep = f"{config.keep_ratio:g}" if config.reduces else "-"
         has = "shipped" if shipped_checkpoint(name) else "-"
         dense, ours = sam_macs(config.dense) / 1e9, config_macs(config) / 1e9
-        runtime, dtype = resolve("auto" if config.rule is None else "torch", "auto", width=config.dim)
+        runtime, dtype = resolve_for(config, "auto", "auto")
         auto = f"{runtime}, {_name(dtype)}"
         print(
             f"{name:<13} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has:<7}  {auto}"
         )
     print(f"auto: what --runtime and --dtype come to on this processor ({processor()})", end="")
     if torch.cuda.is_available():
-        print(f"; on its GPU torch, {_name(resolve_dtype('auto', 'cuda'))}", end="")
+        print(f"; on its GPU torch, {_name(resolve_dtype('auto', 'cuda', WIDE))}", end="")
     print()
     print("GMACs of the encoder at 1024 x 1024: the dense model as segment_anything computes it, and ours")
 

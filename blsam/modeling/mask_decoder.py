@@ -14,6 +14,8 @@ Masks are made afterwards, of the candidates that are asked for: a filter on the
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +32,7 @@ from .layers import is_plain
 
 CELLS, CELLS_ON_GPU = 2**13, 2**17  # tokens of the photo, for all prompts that are decoded at a time
 
-RELEASED = [
+METHODS = [
     (kind, name, vars(kind)[name])
     for kind, names in {
         MaskDecoder: ("forward", "predict_masks"),
@@ -42,6 +44,8 @@ RELEASED = [
     }.items()
     for name in names
 ]
+# a program may have put others in their place before this module was imported
+AS_RELEASED = all(method.__code__.co_filename == inspect.getfile(kind) for kind, _, method in METHODS)
 
 
 def is_sams(decoder: Any) -> bool:
@@ -56,7 +60,8 @@ def is_sams(decoder: Any) -> bool:
     parts = [(name, type(part)) for name, part in decoder.named_modules()]
     if parts != _parts(len(layers), len(masks), head.num_layers):
         return False
-    return all(map(_untouched, decoder.modules())) and all(vars(k)[name] is method for k, name, method in RELEASED)
+    same = AS_RELEASED and all(vars(kind)[name] is method for kind, name, method in METHODS)
+    return same and all(map(_untouched, decoder.modules()))
 
 
 def _untouched(module: nn.Module) -> bool:
@@ -106,10 +111,12 @@ def decode_photo(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `decoder` makes of P prompts: logits [P, M, 4h, 4w] and scores [P, M], M 3 or 1; any decoder with SAM's call.
 
-    embedding, positions [1, C, h, w], sparse [P, N, C] and dense [P, C, h, w] as SAM's encoders give them. Where the
-    decoder `is_sams` it is done as above, the values the same but for rounding.
+    embedding, positions [1, C, h, w], sparse [P, N, C] and dense [P, C, h, w] as SAM's encoders give them. Where it can
+    be done as above the values are the same but for rounding (and a parameter without influence has no gradient, where
+    SAM's is 0).
     """
-    if len(embedding) != 1 or not is_sams(decoder):
+    photo = take_apart(decoder, embedding, positions, sparse, dense)
+    if photo is None:
         logits, scores = decoder(
             image_embeddings=embedding,
             image_pe=positions,
@@ -118,65 +125,83 @@ def decode_photo(
             multimask_output=three,
         )
         return logits, scores
-    shared, size, parts = dense.stride(0) == 0, prompts_at_a_time(embedding), []  # no mask is one for all
-    for start in range(0, max(1, len(sparse)), size):
-        part = slice(start, start + size)
-        photo = PhotoDecoder(decoder, embedding, positions, dense[:1] if shared else dense[part])
-        found = photo.prompted(sparse[part], three)
-        count, m = found.scores.shape
-        every = torch.arange(count * m, device=embedding.device)
-        parts.append((photo.masks(found, every // m, every % m).unflatten(0, (count, m)), found.scores))
-    logits, scores = (torch.cat(column) for column in zip(*parts))
-    return logits, scores
+    found = [photo.prompted(sparse, part, three) for part in photo.parts(len(sparse))]
+    return torch.cat([photo.all_masks(some) for some in found]), torch.cat([some.scores for some in found])
 
 
-def prompts_at_a_time(embedding: torch.Tensor) -> int:
-    """On an embedding [1, C, h, w], so that their tokens stay in a processor's caches or fill a GPU."""
-    return max(1, (CELLS if embedding.device.type == "cpu" else CELLS_ON_GPU) // embedding[0, 0].numel())
+def take_apart(
+    decoder: Any, embedding: torch.Tensor, positions: torch.Tensor, sparse: torch.Tensor, dense: torch.Tensor
+) -> PhotoDecoder | None:
+    """A decoder on its photo, arguments as of `decode_photo`; None where it has to be called as SAM calls it: one that is
+    not `is_sams`, several photos, prompts that SAM would broadcast, graphs that are traced or compiled, no values."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or embedding.is_meta
+    if traced or len(embedding) != 1 or len(sparse) != len(dense) or not is_sams(decoder):
+        return None
+    return PhotoDecoder(decoder, embedding, positions, dense[:1] if dense.stride(0) == 0 else dense)
 
 
 class PhotoDecoder:
     """SAM's mask decoder on one photo.
 
-    decoder: one that `is_sams`. embedding, positions: [1, C, h, w]. dense: what the prompt encoder makes of the prompts'
-    masks, [P, C, h, w], or of none, [1, C, h, w].
+    decoder: one that `is_sams`. embedding, positions: [1, C, h, w]. dense: of all prompts [1, C, h, w], as where none has
+    a mask, or of each [P, C, h, w].
     """
 
     def __init__(
         self, decoder: MaskDecoder, embedding: torch.Tensor, positions: torch.Tensor, dense: torch.Tensor
     ) -> None:
         self.decoder, self.grid = decoder, embedding.shape[2:]
-        photo = (embedding + dense).flatten(2).mT.contiguous()  # [P or 1, C, h, w] -> [P or 1, n, C]
-        self.photo = photo[0] if len(photo) == 1 else photo
+        self.photo = (embedding + dense).flatten(2).mT.contiguous()  # [P or 1, C, h, w] -> [P or 1, n, C]
         self.positions = positions[0].flatten(1).T.contiguous()
 
-    def prompted(self, sparse: torch.Tensor, three: bool = True) -> Prompted:
-        """Prompts [P, N, C] of the prompt encoder -> three candidates each, or the single one."""
-        d = self.decoder
+    def parts(self, prompts: int) -> Iterator[slice]:
+        """Of so many prompts, a few at a time, so that their tokens stay in a processor's caches or fill a GPU."""
+        cells = CELLS if self.photo.device.type == "cpu" else CELLS_ON_GPU
+        size = max(1, cells // len(self.positions))
+        yield from (slice(start, start + size) for start in range(0, max(1, prompts), size))
+
+    def prompted(self, sparse: torch.Tensor, part: slice = slice(None), three: bool = True) -> Prompted:
+        """A part of the prompts [P, N, C] of the prompt encoder -> three candidates each, or the single one."""
+        d, sparse = self.decoder, sparse[part]
         output = torch.cat([d.iou_token.weight, d.mask_tokens.weight]).expand(len(sparse), -1, -1)
-        hidden, tokens = self._transformed(torch.cat([output, sparse], dim=1))
+        photo = self.photo[0] if len(self.photo) == 1 else self.photo[part]
+        hidden, tokens = self._transformed(torch.cat([output, sparse], dim=1), photo)
         wanted = range(1, d.num_mask_tokens) if three else range(1)
         hyper = [d.output_hypernetworks_mlps[i](hidden[:, 1 + i]) for i in wanted]
         return Prompted(
             d.iou_prediction_head(hidden[:, 0])[:, wanted.start : wanted.stop], torch.stack(hyper, dim=1), tokens
         )
 
+    def all_masks(self, prompted: Prompted) -> torch.Tensor:
+        """Logits [P, M, 4h, 4w] of all candidates."""
+        return self._laid_out(prompted.hyper @ self._upscaled(prompted.tokens).mT)
+
     def masks(self, prompted: Prompted, prompts: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """Logits [K, 4h, 4w] of the masks (prompt, candidate), int64 [K] each, the prompts rising."""
-        (h, w), wide = self.grid, self.decoder.output_upscaling
         needed, counts = prompts.unique_consecutive(return_counts=True)
-        x = _twice(wide[0], prompted.tokens[needed])  # [P', n, 2 * 2, C1]
-        x = wide[2](F.layer_norm(x, x.shape[-1:], wide[1].weight, wide[1].bias, wide[1].eps))
-        x = wide[4](_twice(wide[3], x)).flatten(1, 3)  # [P', n, 4, 4, C2] -> [P', n * 16, C2]
+        x = self._upscaled(prompted.tokens[needed])
         hyper = prompted.hyper[prompts, candidates].split(counts.tolist())  # [K, C2], prompt by prompt
-        found = torch.cat([of_one @ grid.T for of_one, grid in zip(hyper, x)] or [x.new_zeros(0, h * w * 16)])
-        found = found.unflatten(1, (h, w, 2, 2, 2, 2)).permute(0, 1, 3, 5, 2, 4, 6)  # [K, h, 2, 2, w, 2, 2]
-        return found.reshape(-1, 4 * h, 4 * w)
+        found = [of_one @ grid.T for of_one, grid in zip(hyper, x)] or [x.new_zeros(0, len(self.positions) * 16)]
+        return self._laid_out(torch.cat(found))
 
-    def _transformed(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """SAM's two-way transformer: a prompt's tokens [P, T, C] -> themselves and the photo's [P, n, C]."""
-        of_prompt, x, transformer = queries, self.photo, self.decoder.transformer
-        placed = x + self.positions  # [n, C] where no prompt has a mask, from the first layer on [P, n, C]
+    def _upscaled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[P, n, C] -> [P, n * 16, C2], the 4 x 4 pixels of a token one after the other, as 2 x 2 of 2 x 2."""
+        wide = self.decoder.output_upscaling
+        x = _twice(wide[0], tokens)  # [P, n, 2 * 2, C1]
+        x = wide[2](F.layer_norm(x, x.shape[-1:], wide[1].weight, wide[1].bias, wide[1].eps))
+        return wide[4](_twice(wide[3], x)).flatten(1, 3)  # [P, n, 4, 4, C2] -> [P, n * 16, C2]
+
+    def _laid_out(self, masks: torch.Tensor) -> torch.Tensor:
+        """[..., n * 16] in that order -> [..., 4h, 4w]."""
+        (h, w), lead = self.grid, masks.shape[:-1]
+        masks = masks.reshape(-1, h, w, 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)  # [*, h, 2, 2, w, 2, 2]
+        return masks.reshape(*lead, 4 * h, 4 * w)
+
+    def _transformed(self, queries: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """SAM's two-way transformer: prompts' tokens [P, T, C] and the photo's, [n, C] or [P, n, C] -> themselves and the
+        photo's [P, n, C]."""
+        of_prompt, transformer = queries, self.decoder.transformer
+        placed = x + self.positions  # [n, C] or [P, n, C], from the first layer on the latter
         for layer in transformer.layers:
             if layer.skip_first_layer_pe:
                 queries = layer.self_attn(q=queries, k=queries, v=queries)

@@ -6,7 +6,8 @@ import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from ..precision import WIDE, processor, resolve_dtype
+from .. import precision
+from ..config import EncoderConfig
 
 if TYPE_CHECKING:  # options need the names alone, at once
     import torch
@@ -18,9 +19,18 @@ NEEDED = {"openvino": ("openvino",), "onnxruntime": ("onnxruntime", "onnx", "onn
 FASTEST = {"amx": "openvino", "avx512_bf16": "openvino"}
 
 
-def resolve(
-    runtime: str, dtype: str, device: torch.device | str = "cpu", width: int = WIDE
+def resolve_for(
+    config: EncoderConfig, runtime: str, dtype: str, device: torch.device | str = "cpu"
 ) -> tuple[str, torch.dtype]:
+    """`resolve` for a segmenter; those of `REDUCED` run in torch alone."""
+    if config.rule is not None:
+        if runtime not in ("torch", "auto"):
+            raise ValueError(f"{config.name} is there for comparison and runs in torch alone, not in {runtime}")
+        runtime = "torch"
+    return resolve(runtime, dtype, device, config.dim)
+
+
+def resolve(runtime: str, dtype: str, device: torch.device | str, width: int) -> tuple[str, torch.dtype]:
     """A runtime and a dtype by name -> those that are meant on this machine, for an encoder whose tokens are so wide.
 
     "auto" is what the environment says in `BLSAM_RUNTIME`, else the fastest that is installed. ValueError where both, or
@@ -34,9 +44,9 @@ def resolve(
     if runtime not in RUNTIMES:
         raise ValueError(f"{said} must be one of {', '.join(RUNTIMES)}, is {runtime!r}")
     if runtime == "auto":
-        fastest = FASTEST.get(processor(), "torch") if device.type == "cpu" else "torch"
+        fastest = FASTEST.get(precision.processor(), "torch") if device.type == "cpu" else "torch"
         runtime = fastest if find_spec(fastest) else "torch"
-    resolved = resolve_dtype(dtype, device, width, runtime)
+    resolved = precision.resolve_dtype(dtype, device, width, runtime)
     if runtime == "torch":
         return runtime, resolved
     if device.type != "cpu":

@@ -33,7 +33,6 @@ from ..predictor import SamPredictor
 from .calibration import Calibration, Settings
 
 TOKENS = 2**16  # of all photos together
-STEP = 2**11  # of a step
 
 
 def default_limit(config: LayersConfig) -> int:
@@ -41,13 +40,6 @@ def default_limit(config: LayersConfig) -> int:
     if isinstance(config, ClassifierConfig):
         return TOKENS // (config.image_size // config.patch) ** 2
     return 64 if config.dim < 384 else 16
-
-
-def default_settings(config: LayersConfig) -> Settings:
-    """Of a run when nobody says otherwise: as many tokens a step, whatever a photo holds."""
-    if isinstance(config, ClassifierConfig):
-        return Settings(batch_size=max(2, STEP // (config.image_size // config.patch) ** 2))
-    return Settings()
 
 
 def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:
@@ -83,7 +75,7 @@ def calibrate(
 
     A run of the same settings that was killed goes on from `output`.calibration/.
     """
-    settings = settings or default_settings(config)
+    settings = settings or Settings()
     output = Path(output)
     torch.manual_seed(settings.seed)
     # what a classifier's file says of its images holds for what is made of it

@@ -38,7 +38,8 @@ from .starts import start_attention, start_feed_forward
 from .streams import Streams
 
 HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
-ROWS = 2048  # tokens of a feed-forward step
+STEPS = 100  # of a fit
+TOKENS = 2**11  # of a step; larger photos are taken one by one, in fewer steps
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
 STARTS = 32  # photos that the closed-form starts look at, more where that many hold few tokens
 START_ROWS = 2**15  # tokens of theirs that are regressed on
@@ -47,21 +48,29 @@ KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is 
 
 @dataclass(frozen=True)
 class Settings:
-    """steps: AdamW steps for each E-branch and predictor; stage_steps: for each stage in the third pass.
+    """steps: AdamW steps for each E-branch and predictor; stage_steps: for each stage in the third pass. batch_size: photos
+    of a step of attention, or of a stage. None: what `of_tokens` says.
 
     minutes: wall time for `run`, without what is measured before and after; it cuts the steps of all fits evenly (and
     gives up exact repeatability). The photos still go through every layer: with many of them that alone may take longer.
     """
 
-    steps: int = 100
-    stage_steps: int = 200
+    steps: int | None = None
+    stage_steps: int | None = None
     minutes: float | None = None
-    batch_size: int = 2  # photos of a step of attention, or of a stage
+    batch_size: int | None = None
     lr: float = 2e-3
     stage_lr: float = 1e-3
     keep_ratio: float = 0.25
     seed: int = 0
     dtype: str = "auto"  # of the fits' products; weights and streams are float32
+
+    def of_tokens(self, tokens: int) -> tuple[int, int, int]:
+        """steps, stage_steps and batch_size for photos of so many tokens: a run sees about as many of them (`STEPS` times
+        `TOKENS`, twice that in a stage) whatever a photo holds."""
+        batch = self.batch_size or max(1, TOKENS // tokens)
+        steps = min(STEPS, -(-STEPS * TOKENS // (batch * tokens))) if self.steps is None else self.steps
+        return steps, 2 * steps if self.stage_steps is None else self.stage_steps, batch
 
 
 class Calibration:
@@ -86,7 +95,6 @@ class Calibration:
     ) -> None:
         self.model, self.inputs, self.count, self.settings = model, inputs, count, settings
         self.folder, self.progress, self.note = folder, progress, note
-        self.identity = json.dumps(asdict(settings)) + identity
         self.held_out = np.arange(count)[HELD_OUT - 1 :: HELD_OUT] if count >= HELD_OUT else np.array([count - 1])
         self.fitted = np.setdiff1d(np.arange(count), self.held_out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,6 +102,9 @@ class Calibration:
             tokens = model.stem(inputs(0)[0][None])
         self.device = tokens.device
         self.streams = Streams(folder, count, tokens.shape[1:-1], tokens.shape[-1], self.device)
+        self.steps, self.stage_steps, self.batch_size = settings.of_tokens(self.streams.tokens)
+        decided = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
+        self.identity = json.dumps(asdict(settings) | decided) + identity
         self.sizes = [inputs(i)[1] for i in range(count)]
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
         self.blocks = {i: block for i, block in enumerate(self.model.blocks) if isinstance(block, RoutedBlock)}
@@ -134,7 +145,8 @@ class Calibration:
         kept = cosines["corrected"] > cosines["fitted"]
         if kept:
             self.model.load_state_dict(corrected, strict=False)
-        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept, "seconds": self.descent.seconds}
+        took = {"steps": self.steps, "seconds": self.descent.seconds}
+        return {"explained": self.fits, "cosine": cosines, "correction_kept": kept} | took
 
     @torch.no_grad()
     def _dense_pass(self, start: int) -> None:
@@ -224,14 +236,12 @@ class Calibration:
         weight = torch.tensor([keep, 1 - keep], device=labels.device)  # as if both classes were equally frequent
 
         def loss(step: int) -> torch.Tensor:
-            chosen = rng.integers(len(places), size=2 * ROWS)
+            chosen = rng.integers(len(places), size=2 * TOKENS)
             x = self.streams.rows(f"scored-{stage}", places[chosen])
             with torch.autocast(x.device.type, enabled=False):  # float32, as the predictor itself
                 return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
 
-        self.descent.fit(
-            list(predictor.parameters()), loss, self.settings.steps, self.settings.lr, WEIGHTS["predictor"]
-        )
+        self.descent.fit(list(predictor.parameters()), loss, self.steps, self.settings.lr, WEIGHTS["predictor"])
 
     # --- the third pass -----------------------------------------------------------------------------------------
 
@@ -287,7 +297,7 @@ class Calibration:
                 return cosine_distance(self.model.compared(x), self.model.compared(goal))[self._real(sizes)].mean()
             return (x - goal).square().sum() / (goal - start).square().sum()
 
-        return self.descent.fit(parameters, loss, self.settings.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
+        return self.descent.fit(parameters, loss, self.stage_steps, self.settings.stage_lr, WEIGHTS["stage"])
 
     # --- fitting one branch -------------------------------------------------------------------------------------
 
@@ -301,7 +311,7 @@ class Calibration:
             d_e = e.attention(self.streams.read(source, photos)).view(target.shape)
             return (d_e - target).square().sum() / target.square().sum()
 
-        return 1 - self.descent.fit(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["attention"])
+        return 1 - self.descent.fit(parameters, loss, self.steps, self.settings.lr, WEIGHTS["attention"])
 
     @torch.enable_grad()
     def _fit_rows(self, e: EBlock, parameters: list, source: str, seed: list[int]) -> float:
@@ -310,15 +320,15 @@ class Calibration:
         places = (self.fitted[:, None] * tokens + np.arange(tokens)).reshape(-1)
 
         def loss(step: int) -> torch.Tensor:
-            chosen = np.sort(places[np.random.default_rng([*seed, step]).integers(len(places), size=ROWS)])
+            chosen = np.sort(places[np.random.default_rng([*seed, step]).integers(len(places), size=TOKENS)])
             target = self.streams.rows("target", chosen)
             return (e.feed_forward(self.streams.rows(source, chosen)) - target).square().sum() / target.square().sum()
 
-        return 1 - self.descent.fit(parameters, loss, self.settings.steps, self.settings.lr, WEIGHTS["feed_forward"])
+        return 1 - self.descent.fit(parameters, loss, self.steps, self.settings.lr, WEIGHTS["feed_forward"])
 
     def _draw(self, rng: np.random.Generator) -> np.ndarray:
         """Photos of one step."""
-        return np.sort(rng.choice(self.fitted, min(self.settings.batch_size, len(self.fitted)), replace=False))
+        return np.sort(rng.choice(self.fitted, min(self.batch_size, len(self.fitted)), replace=False))
 
     # --- ends, state, report ------------------------------------------------------------------------------------
 
@@ -385,18 +395,25 @@ class Calibration:
 
     def _estimate(self, seconds: float) -> str:
         """How long the whole run takes, from the seconds of the first routed layer and of one photo in each kind."""
-        x, cost = self.streams.read(f"dense-{self.layers[0]}", 0), {}
+        x = self.streams.read(f"dense-{self.layers[0]}", 0)
         windows = {i: self.blocks[i].window_size for i in self.layers}
-        for i, window in windows.items():
-            if window not in cost:
-                self.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
-                began = time.perf_counter()
-                self.blocks[i].dense(x).sum().item()
-                cost[window] = time.perf_counter() - began
-        through = sum(cost[window] for window in windows.values())
-        fit = seconds * through / cost[windows[self.layers[0]]]
-        steps = 4 * self.settings.stage_steps * self.settings.batch_size  # forward and back, both branches
-        minutes = (fit + (steps + 2 * self.count) * through) / 60
+
+        def through() -> tuple[float, float]:
+            """Seconds of a photo through all layers, and that in layers like the first."""
+            cost: dict[int, float] = {}
+            for i, window in windows.items():
+                if window not in cost:
+                    self.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
+                    began = time.perf_counter()
+                    self.blocks[i].dense(x).sum().item()
+                    cost[window] = time.perf_counter() - began
+            return sum(map(cost.__getitem__, windows.values())), cost[windows[self.layers[0]]]
+
+        exact, of_first = through()
+        with self.descent.products():
+            fast, _ = through()
+        steps = 4 * self.stage_steps * self.batch_size  # forward and back, both branches
+        minutes = (seconds * exact / of_first + steps * fast + 2 * self.count * exact) / 60
         if self.settings.minutes is None or minutes <= self.settings.minutes:
             return f"about {minutes:.0f} minutes in all"
         return f"about {minutes:.0f} minutes without the limit of {self.settings.minutes:g}: fewer steps of every fit"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,10 @@ class Descent:
     def seconds(self) -> float:
         return self.spent + time.monotonic() - self.began
 
+    def products(self) -> AbstractContextManager[Any]:
+        """What the fits' products are computed in."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
+
     def fit(self, parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float, weight: int) -> float:
         """AdamW with a cosine to zero over the steps; the mean loss of the last tenth of them.
 
@@ -53,7 +58,7 @@ class Descent:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + np.cos(np.pi * progress))
-            with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
+            with self.products():
                 value = loss(step)
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients):

@@ -12,6 +12,8 @@ each, so that a noisy hour falls on all of them. Weights are random but the same
 input is a fixed noise image, or a photo's extents with --true-sizes. The first row is what the others are compared
 with; `segment_anything` in another runtime is its own graph there. `floor` is the time of the model's matrix products
 alone, on this machine, in the same dtype.
+
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 MKL_ENABLE_INSTRUCTIONS=AVX512_E3 before it hides a matrix unit; the rows say so.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from tqdm import tqdm
 from blsam.config import CONFIGS, MODELS
 from blsam.files import provenance
 from blsam.options import Parser, add_option, check_output, exit_status, parse_ratios
-from blsam.precision import DTYPES, resolve_dtype
+from blsam.precision import DTYPES
 from blsam.runtimes.backends import BACKENDS
 from scripts.benchmarks import benchmark_row
 from scripts.benchmarks.benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
+
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # hide instructions of the processor, for all runtimes
 
 # --- in turn ---------------------------------------------------------------------------------------------------------
 
@@ -238,7 +242,8 @@ def main() -> int:
     args = parse_args()
     check_output("--output", args.output, taken=(args.checkpoint,))
     comparisons = [rows_of(args, size, batch) for size in args.image_sizes for batch in args.batch_sizes]
-    machine = {"processor": processor(), "cores": os.cpu_count(), "auto": str(resolve_dtype("auto", args.device))}
+    machine = {"processor": processor(), "cores": os.cpu_count()}
+    machine |= {name: os.environ[name] for name in LIMITS if name in os.environ}
     total = args.rounds * sum(map(len, comparisons))
     with tqdm(total=total, unit="pass", disable=not sys.stderr.isatty()) as bar:
         for rows in comparisons:

@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = [
         row
         for name in args.dtype or ("float32", "bfloat16")
-        for row in measure(args, resolve_dtype(name, args.device))
+        for row in measure(args, resolve_dtype(name, args.device, CONFIGS[args.model].dim))
     ]
     print(f"{'form':<10}{'dtype':<10}{'ms':>8}{'quartiles':>18}{'gap':>10}{'first call':>12}")
     for row in rows:

@@ -85,7 +85,7 @@ def build(row: Row) -> torch.nn.Module:
         torch.manual_seed(1)
         encoder = build_encoder(row.config, row.image_size)
         encoder.load_state_dict(dense_weights(row.config, row.image_size), strict=not row.config.routed)
-        encoder.use_dtype(resolve_dtype(row.dtype, row.device))
+        encoder.use_dtype(resolve_dtype(row.dtype, row.device, row.config.dim))
     encoder = encoder.eval().to(row.device)
     if row.runtime != "torch" and row.is_reference:
         return in_runtime(encoder, row)
@@ -103,7 +103,7 @@ def in_runtime(encoder: ImageEncoderViT, row: Row) -> Any:
     inputs = (torch.randn(1, 3, row.image_size, row.image_size),)
     with tempfile.TemporaryDirectory() as folder:
         backend.make(encoder, inputs, backend.ways[0], Path(folder))
-        run = backend.read(Path(folder), resolve_dtype(row.dtype))
+        run = backend.read(Path(folder), resolve_dtype(row.dtype, "cpu", row.config.dim, row.runtime))
     return lambda x: torch.cat([torch.from_numpy(run(one[None].numpy())[0]) for one in x])
 
 

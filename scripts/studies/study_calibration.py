@@ -103,7 +103,7 @@ def fitted(
     report = calibrate(config, args.checkpoint, photos, path, settings=settings)
     sam = build_sam(config, path)
     path.unlink()
-    return sam, {key: report[key] for key in ("photos", "seconds")}
+    return sam, {key: report[key] for key in ("photos", "steps", "seconds")}
 
 
 def routings(args: argparse.Namespace, meter: Meter, sam: Sam, took: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -166,7 +166,7 @@ def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[s
     if args.study == "routing":
         yield from routings(args, meter, sam, took)
     else:
-        yield {"steps": settings.steps} | measured(meter, sam, took)
+        yield measured(meter, sam, took)
 
 
 def main(argv: list[str] | None = None) -> int:

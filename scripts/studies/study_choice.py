@@ -45,8 +45,8 @@ from blsam.modeling.routing import Routing, Stage
 from blsam.modeling.staged import Staged
 from blsam.modeling.windows import PATCH
 from blsam.options import Parser, check_output, exit_status, parse_ratios
-from blsam.training.calibrate import calibrate, choose_photos, default_limit, default_settings
-from blsam.training.calibration import Calibration
+from blsam.training.calibrate import calibrate, choose_photos, default_limit
+from blsam.training.calibration import Calibration, Settings
 
 KEEP_RATIOS = (0.05, 0.1, 0.25)
 WIDTHS = {"segmenter": (48, 24, 12, 0), "classifier": (24, 12, 6, 0)}
@@ -234,7 +234,7 @@ class Segmenter:
     def calibrated(self, width: int, path: Path) -> Any:
         config = narrowed(self.config, width)
         if not path.is_file():
-            calibrate(config, self.args.checkpoint, self.photos, path, settings=default_settings(config))
+            calibrate(config, self.args.checkpoint, self.photos, path, settings=Settings())
         return build_sam(config, path)
 
     def dense(self) -> Measured:
@@ -285,7 +285,7 @@ class Classifier:
             chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.args.seed))[:count]
             inputs = [self.transform(images.read(i)) for i in chosen.tolist()]
             folder = path.with_suffix(".calibration")
-            Calibration(model, lambda i: (inputs[i], model.img_size), count, default_settings(config), folder).run()
+            Calibration(model, lambda i: (inputs[i], model.img_size), count, Settings(), folder).run()
             shutil.rmtree(folder)
             save(path, model.state_dict(), {"model": config.name})
         return model

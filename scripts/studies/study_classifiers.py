@@ -38,8 +38,8 @@ from blsam.distributed import CPU
 from blsam.evaluation.imagenet import count_correct, counted_macs, images_a_second
 from blsam.files import write_text
 from blsam.options import Parser, UsageError, exit_status
-from blsam.training.calibrate import default_limit, default_settings
-from blsam.training.calibration import Calibration
+from blsam.training.calibrate import default_limit
+from blsam.training.calibration import Calibration, Settings
 from blsam.training.imagenet import train
 from blsam.training.imagenet_settings import ClassifierSettings
 
@@ -232,7 +232,7 @@ def calibrated_of(args: argparse.Namespace) -> Path:
         model = build_classifier(ROUTED, teacher_of(args))
         inputs = [transform(images.read(i)) for i in chosen]
         start = time.perf_counter()
-        Calibration(model, lambda i: (inputs[i], model.img_size), count, default_settings(ROUTED), folder).run()
+        Calibration(model, lambda i: (inputs[i], model.img_size), count, Settings(), folder).run()
         print(f"calibration: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         torch.save(model.state_dict(), path)
     return path

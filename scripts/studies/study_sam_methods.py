@@ -165,7 +165,7 @@ def weights_of(args: argparse.Namespace, entry: Entry) -> Path:
         return find_checkpoint(entry.model, None)
     if entry.weights == "none":
         return args.checkpoint
-    folder = args.runs / f"{entry.model}-{entry.keep_ratio:g}-{args.steps}"
+    folder = args.runs / f"{entry.model}-{entry.keep_ratio or 1:g}-{args.steps}"
     path = folder.with_name(folder.name + ".safetensors")  # the ratio has a point
     if path.is_file():
         return path

@@ -1,9 +1,14 @@
 """SAM's mask decoder on one photo, beside `segment_anything`'s."""
 
+import subprocess
+import sys
+import warnings
+
 import pytest
 import torch
 from segment_anything.modeling import MaskDecoder, TwoWayTransformer
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blsam.modeling import mask_decoder
 from blsam.modeling.mask_decoder import PhotoDecoder, decode_photo, is_sams
@@ -33,30 +38,108 @@ def test_all_masks_equal_segment_anything_s(depth, three):
     decoder, (embedding, positions, dense, sparse) = random_decoder(depth=depth), photo()
     expected, scores = decoder(embedding, positions, sparse, dense.expand(5, -1, -1, -1), three)
     ours = PhotoDecoder(decoder, embedding, positions, dense)
-    found = ours.prompted(sparse, three)
-    count = scores.shape[1]
-    prompts, candidates = torch.arange(5).repeat_interleave(count), torch.arange(count).repeat(5)
-    masks = ours.masks(found, prompts, candidates).view_as(expected)
+    found = ours.prompted(sparse, three=three)
+    masks = ours.all_masks(found)
     assert found.scores.shape == scores.shape
     for name, a, b in (("scores", found.scores, scores), ("masks", masks, expected)):
         gap = ((a - b).abs().max() / b.std()).item()
         assert gap < 1e-4, f"{name} differ by {gap:.1e} of their standard deviation"
 
 
-@pytest.mark.parametrize("prompts", [1, 5])
-@pytest.mark.parametrize("own_masks", [True, False], ids=["masks", "no masks"])
-@pytest.mark.parametrize("three", [True, False])
-@torch.no_grad()
-def test_prompts_with_and_without_masks_as_segment_anything_decodes_them(monkeypatch, prompts, own_masks, three):
-    decoder, (embedding, positions, dense, sparse) = random_decoder(), photo()
-    monkeypatch.setattr(mask_decoder, "CELLS", 72)  # two prompts at a time
-    assert is_sams(decoder)
-    dense = torch.randn(prompts, *dense.shape[1:]) if own_masks else dense.expand(prompts, -1, -1, -1)
-    expected = decoder(embedding, positions, sparse[:prompts], dense, three)
-    found = decode_photo(decoder, embedding, positions, sparse[:prompts], dense, three)
+class Convolutions(TorchDispatchMode):
+    """How many were computed: SAM's decoder has two for the upscaling, the one taken apart none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "convolution" in str(function)
+        return function(*args, **kwargs or {})
+
+
+def both(decoder, prompts, masks, own=True, three=True, of=(lambda x: x)):
+    """What SAM's decoder gives for so many prompts and masks, what ours does, and whether ours was taken apart."""
+    embedding, positions, dense, sparse = photo()
+    generator = torch.Generator().manual_seed(2)
+    sparse = torch.randn(prompts, 2, 32, generator=generator)
+    dense = torch.randn(masks, 32, 6, 6, generator=generator) if own else dense.expand(masks, -1, -1, -1)
+    given = [of(x) for x in (embedding, positions, sparse, dense)]
+    with Convolutions() as convolutions:
+        found = decode_photo(decoder, *given, three)
+    return decoder(*given, three), found, convolutions.count == 0
+
+
+def agree(found, expected, gap=1e-4):
     for name, a, b in zip(("masks", "scores"), found, expected):
         assert a.shape == b.shape, name
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4), f"{name} differ by {(a - b).abs().max()}"
+        assert torch.allclose(a, b, rtol=gap, atol=gap), f"{name} differ by {(a - b).abs().max()}"
+
+
+@pytest.mark.parametrize("prompts", [1, 5])
+@pytest.mark.parametrize("own", [True, False], ids=["masks", "no masks"])
+@pytest.mark.parametrize("three", [True, False])
+@torch.no_grad()
+def test_prompts_with_and_without_masks_as_segment_anything_decodes_them(monkeypatch, prompts, own, three):
+    monkeypatch.setattr(mask_decoder, "CELLS", 72)  # two prompts at a time
+    expected, found, apart = both(random_decoder(), prompts, prompts, own, three)
+    assert apart
+    agree(found, expected)
+
+
+@pytest.mark.parametrize(("prompts", "masks"), [(5, 1), (1, 5)])
+@torch.no_grad()
+def test_what_segment_anything_broadcasts_is_broadcast(monkeypatch, prompts, masks):
+    monkeypatch.setattr(mask_decoder, "CELLS", 72)
+    expected, found, apart = both(random_decoder(), prompts, masks)
+    assert not apart and len(found[0]) == 5
+    agree(found, expected)
+
+
+@torch.no_grad()
+def test_no_prompts_have_no_masks():
+    embedding, positions, dense, sparse = photo()
+    masks, scores = decode_photo(random_decoder(), embedding, positions, sparse[:0], dense.expand(0, -1, -1, -1))
+    assert masks.shape == (0, 3, 24, 24) and scores.shape == (0, 3)
+
+
+@torch.no_grad()
+def test_graphs_are_made_of_segment_anything_s_decoder():
+    """When it is traced, and where tensors have no values."""
+    decoder, (embedding, positions, dense, sparse) = random_decoder().requires_grad_(False), photo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated; programs use it
+        traced = torch.jit.trace(
+            lambda s: decode_photo(decoder, embedding, positions, s, dense.expand(2, -1, -1, -1)), sparse[:2]
+        )
+    assert "convolution" in str(traced.graph)  # SAM's
+    agree(traced(sparse[:2]), decoder(embedding, positions, sparse[:2], dense.expand(2, -1, -1, -1), True))
+    _, found, apart = both(decoder.to("meta"), 5, 5, of=lambda x: x.to("meta"))
+    assert not apart and found[0].shape == (5, 3, 24, 24)
+
+
+@torch.no_grad()
+def test_under_autocast_the_values_are_nearly_the_same():
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found, apart = both(random_decoder(), 5, 5)
+    assert apart
+    for a, b in zip(found, expected):
+        assert torch.nn.functional.cosine_similarity(a.float().flatten(), b.float().flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_method_that_was_replaced_before_us_is_noticed(wraps):
+    """In a process of its own, in which a program comes first."""
+    code = f"""
+import functools
+from segment_anything.modeling.transformer import Attention
+original = Attention.forward
+def mine(self, q, k, v):
+    return original(self, q, k, v)
+Attention.forward = functools.wraps(original)(mine) if {wraps} else mine
+from blsam.modeling.mask_decoder import is_sams
+from tests.modeling.test_mask_decoder import random_decoder
+assert not is_sams(random_decoder())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from tests.helpers import ROOT
 from tests.training.helpers import random_vit_b
 
 DENSE = shipped_checkpoint("vit_t")
-QUICK = Settings(steps=12, stage_steps=12)
+QUICK = Settings(steps=12, stage_steps=12, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def photos(tmp_path_factory):
 def calibrated(photos, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibrated") / "small.safetensors"
     chosen = choose_photos(photos, 64, 0)
-    settings = Settings(steps=60, stage_steps=60)
+    settings = Settings(steps=60, stage_steps=60, batch_size=2)
     report = calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=128, settings=settings, quiet=True)
     return path, report
 
@@ -63,7 +63,7 @@ def test_the_embedding_comes_nearer_to_the_dense_one_at_every_keep_ratio(calibra
 
 def test_the_stages_come_nearer_to_the_dense_stream_with_their_steps(photos, tmp_path):
     def errors(stage_steps):
-        settings = Settings(steps=2, stage_steps=stage_steps)
+        settings = Settings(steps=2, stage_steps=stage_steps, batch_size=2)
         chosen, path = choose_photos(photos, 6, 0), tmp_path / "a.safetensors"
         log = calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=128, settings=settings, quiet=True)[
             "log"
@@ -75,7 +75,7 @@ def test_the_stages_come_nearer_to_the_dense_stream_with_their_steps(photos, tmp
 
 
 def test_a_time_limit_is_said_and_ends_with_fewer_steps(photos, tmp_path):
-    settings = Settings(steps=10**6, stage_steps=10**6, minutes=0.02)
+    settings = Settings(steps=10**6, stage_steps=10**6, minutes=0.02, batch_size=2)
     chosen, path = choose_photos(photos, 3, 0), tmp_path / "a.safetensors"
     report = calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=64, settings=settings, quiet=True)
     assert any("without the limit of 0.02" in line for line in report["log"])
@@ -148,7 +148,15 @@ def test_another_run_s_folder_is_refused(photos, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="stop"):
         calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=64, settings=QUICK, quiet=True)
     with pytest.raises(ValueError, match="other settings"):
-        calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=64, settings=Settings(steps=5), quiet=True)
+        calibrate(
+            CONFIGS["blsam_vit_t"],
+            DENSE,
+            chosen,
+            path,
+            image_size=64,
+            settings=Settings(steps=5, batch_size=2),
+            quiet=True,
+        )
 
 
 @pytest.mark.e2e

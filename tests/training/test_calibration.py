@@ -1,6 +1,7 @@
 """Calibration in bfloat16: what stays in float32."""
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -29,3 +30,16 @@ def test_the_predictors_are_fitted_in_float32(tmp_path, monkeypatch):
     assert not np.array_equal(seen[0], seen[0].bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):  # what all other fits run in
         assert run.descent.half and (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(64, (100, 200, 32)), (196, (100, 200, 10)), (1024, (100, 200, 2)), (4096, (50, 100, 1)), (9216, (23, 46, 1))],
+)
+def test_a_run_sees_as_many_tokens_whatever_a_photo_holds(tokens, expected):
+    assert Settings().of_tokens(tokens) == expected
+
+
+def test_what_is_asked_for_is_not_changed():
+    assert Settings(steps=7, batch_size=3).of_tokens(4096) == (7, 14, 3)
+    assert Settings(steps=0, stage_steps=5).of_tokens(1024) == (0, 5, 2)
