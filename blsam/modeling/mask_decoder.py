@@ -125,8 +125,12 @@ def decode_photo(
             multimask_output=three,
         )
         return logits, scores
-    found = [photo.prompted(sparse, part, three) for part in photo.parts(len(sparse))]
-    return torch.cat([photo.all_masks(some) for some in found]), torch.cat([some.scores for some in found])
+    found = []
+    for part in photo.parts(len(sparse)):
+        some = photo.prompted(sparse, part, three)
+        found.append((photo.all_masks(some), some.scores))  # while the tokens are at hand
+    logits, scores = (torch.cat(column) for column in zip(*found))
+    return logits, scores
 
 
 def take_apart(
