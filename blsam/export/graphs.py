@@ -57,7 +57,8 @@ class DecoderGraph(SamOnnxModel):
     """SAM's own export of prompt encoder, decoder and postprocessing, mended and fitted to what tools do.
 
     Mended: SAM's release cuts the padding off at the size of the example that it was traced with, so that masks of
-    photos of other shapes are wrong. `has_mask_input` above 0 means that there is one (labelme says -1).
+    photos of other shapes are wrong; and where it goes by stability it chooses an empty mask. `has_mask_input` above 0
+    means that there is one (labelme says -1).
     """
 
     def __init__(self, sam: Sam, tool: Tool, stability_score: bool = False, metrics: bool = False) -> None:
@@ -75,6 +76,14 @@ class DecoderGraph(SamOnnxModel):
         masks = masks[..., : inside[0], : inside[1]]  # tensors, so that the graph computes them
         size: Any = orig_im_size.to(torch.int64).unbind()
         return F.interpolate(masks, size, mode="bilinear", align_corners=False)
+
+    def select_masks(
+        self, masks: torch.Tensor, iou_preds: torch.Tensor, num_points: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As SAM's, but an empty mask's stability, 0 / 0, counts as 0: torch takes it for the best, runtimes do not."""
+        iou_preds = torch.where(iou_preds.isnan(), torch.zeros_like(iou_preds), iou_preds)
+        chosen, scores = super().select_masks(masks, iou_preds, num_points)
+        return chosen, scores
 
     @torch.no_grad()
     def forward(

@@ -9,7 +9,7 @@ from skimage import data
 
 from blsam.build_sam import build_sam
 from blsam.export.graphs import DecoderGraph, cut_out, photo_graph, true_sizes
-from blsam.export.tools import TOOLS
+from blsam.export.tools import TOOLS, Tool
 from blsam.modeling.windows import unpadded_sizes
 from blsam.predictor import ResizeLongestSide
 from tests.helpers import TINY, gap
@@ -90,3 +90,18 @@ def test_a_mask_is_cut_out_along_its_box(rows, columns):
 def test_an_empty_mask_is_one_pixel():
     cut, *box = cut_out(torch.zeros(1, 1, 8, 12, dtype=torch.bool))
     assert [int(value) for value in box] == [0, 0, 0, 0] and cut.tolist() == [[[[0]]]]
+
+
+def test_an_empty_mask_is_not_the_most_stable_one(sam):
+    """Its stability is 0 / 0, and torch's argmax takes what is not a number."""
+    graph = DecoderGraph(sam, Tool(single=True), stability_score=True)
+    masks = torch.arange(4.0).view(1, 4, 1, 1).expand(-1, -1, 2, 2)
+    for points, stability, expected in (
+        (2, [0.9, float("nan"), 0.6, 0.7], 3),  # of one click the three, of more the first
+        (5, [0.9, float("nan"), 0.6, 0.7], 0),
+        (5, [float("nan"), 0.5, 0.6, float("nan")], 0),
+    ):
+        scores = torch.tensor([stability])
+        chosen, score = graph.select_masks(masks, scores, points)
+        assert chosen.shape == (1, 1, 2, 2) and chosen.unique().item() == expected
+        assert score.item() == pytest.approx(0.0 if np.isnan(stability[expected]) else stability[expected])
