@@ -81,7 +81,8 @@ class DecoderGraph(SamOnnxModel):
         self, masks: torch.Tensor, iou_preds: torch.Tensor, num_points: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As SAM's, but an empty mask's stability, 0 / 0, counts as 0: torch takes it for the best, runtimes do not."""
-        iou_preds = torch.where(iou_preds.isnan(), torch.zeros_like(iou_preds), iou_preds)
+        if self.use_stability_score:
+            iou_preds = torch.where(iou_preds.isnan(), torch.zeros_like(iou_preds), iou_preds)
         chosen, scores = super().select_masks(masks, iou_preds, num_points)
         return chosen, scores
 
