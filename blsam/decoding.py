@@ -8,7 +8,6 @@ others are measured in the same way; a decoder that is not SAM's as released is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 
 from .modeling.mask_decoder import decode_photo, take_apart
+from .precision import products_in
 
 CHUNK = 32  # prompts decoded at a time, which bounds the memory
 
@@ -62,7 +62,7 @@ def decode(
             boxes=None if corners is None else corners[part],
             masks=None if logits is None else logits[part],
         )
-        with products_in(dtype, device):
+        with products_in(dtype, device):  # not the prompt encoder: points in bfloat16 would move
             low, scores = decode_photo(model.mask_decoder, predictor.features, positions, sparse, dense, three)
         found_logits.append(low.float())  # under autocast they are not
         found_scores.append(scores.float())
@@ -104,11 +104,6 @@ def confident(
             logits = photo.masks(some, prompts, candidates).float()
             found.append((logits, scores[prompts, candidates], prompts + part.start))
     return Confident(*(torch.cat(column) for column in zip(*found)))
-
-
-def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast to a dtype, or what was there before. Not for the prompt encoder: points in bfloat16 would move."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def _above(scores: torch.Tensor, threshold: float | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # options need the names alone, at once
     import torch
@@ -40,6 +41,13 @@ def resolve_dtype(name: str, device: torch.device | str, width: int, runtime: st
             faster = least is not None and width >= least
         name = "bfloat16" if faster else "float32"
     return getattr(torch, name)
+
+
+def products_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast to a dtype, or for float32 what was there before."""
+    import torch
+
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def processor() -> str:

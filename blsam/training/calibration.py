@@ -32,6 +32,7 @@ from ..files import write_atomically
 from ..modeling.blocks import EBlock, RoutedBlock
 from ..modeling.routing import ImportancePredictor
 from ..modeling.staged import Staged
+from ..precision import products_in
 from .descent import Descent
 from .losses import cosine_distance
 from .starts import start_attention, start_feed_forward
@@ -410,7 +411,7 @@ class Calibration:
             return sum(map(cost.__getitem__, windows.values())), cost[windows[self.layers[0]]]
 
         exact, of_first = through()
-        with self.descent.products():
+        with products_in(self.descent.dtype, self.device):
             fast, _ = through()
         steps = 4 * self.stage_steps * self.batch_size  # forward and back, both branches
         minutes = (seconds * exact / of_first + steps * fast + 2 * self.count * exact) / 60

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 
-from ..precision import resolve_dtype
+from ..precision import products_in, resolve_dtype
 
 FITTING = 0.7  # share of the time left that goes to the fits; the rest moves the photos on
 WARM_UP = 20  # steps
@@ -25,7 +23,7 @@ class Descent:
 
     def __init__(self, minutes: float | None, weight: int, dtype: str, device: torch.device, width: int) -> None:
         self.minutes, self.weight, self.device = minutes, weight, device
-        self.half = resolve_dtype(dtype, device, width) == torch.bfloat16
+        self.dtype = resolve_dtype(dtype, device, width)
         self.start(0, 0.0)
 
     def start(self, done: int, seconds: float) -> None:
@@ -35,10 +33,6 @@ class Descent:
     @property
     def seconds(self) -> float:
         return self.spent + time.monotonic() - self.began
-
-    def products(self) -> AbstractContextManager[Any]:
-        """What the fits' products are computed in."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext()
 
     def fit(self, parameters: list, loss: Callable[[int], torch.Tensor], steps: int, lr: float, weight: int) -> float:
         """AdamW with a cosine to zero over the steps; the mean loss of the last tenth of them.
@@ -58,7 +52,7 @@ class Descent:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1, (step + 1) / WARM_UP) * 0.5 * (1 + np.cos(np.pi * progress))
-            with self.products():
+            with products_in(self.dtype, self.device):
                 value = loss(step)
             gradients = torch.autograd.grad(value, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, gradients):

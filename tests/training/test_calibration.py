@@ -29,7 +29,7 @@ def test_the_predictors_are_fitted_in_float32(tmp_path, monkeypatch):
     # not bfloat16's values in another type: those have 8 bits
     assert not np.array_equal(seen[0], seen[0].bfloat16().float())
     with torch.autocast("cpu", torch.bfloat16):  # what all other fits run in
-        assert run.descent.half and (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+        assert run.descent.dtype == torch.bfloat16 and (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(
