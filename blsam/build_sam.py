@@ -122,6 +122,7 @@ build_blsam_vit_h = _builder("blsam_vit_h")
 build_blsam_vit_l = _builder("blsam_vit_l")
 build_blsam_vit_b = _builder("blsam_vit_b")
 build_blsam_vit_t = _builder("blsam_vit_t")
+build_blsam_vit_t_fine = _builder("blsam_vit_t_fine")
 
 sam_model_registry: dict[str, Builder] = {
     "default": build_sam_vit_h,  # as in SAM
@@ -134,5 +135,6 @@ sam_model_registry: dict[str, Builder] = {
     "blsam_vit_l": build_blsam_vit_l,
     "blsam_vit_b": build_blsam_vit_b,
     "blsam_vit_t": build_blsam_vit_t,
+    "blsam_vit_t_fine": build_blsam_vit_t_fine,
     **{name: _builder(name) for name in REDUCED},
 }

@@ -226,6 +226,17 @@ _H = EncoderConfig(name="vit_h", dim=1280, depth=32, heads=16, global_layers=(7,
 _L = EncoderConfig(name="vit_l", dim=1024, depth=24, heads=16, global_layers=(5, 11, 17, 23), window=14)
 _B = EncoderConfig(name="vit_b", dim=768, depth=12, heads=12, global_layers=(2, 5, 8, 11), window=14)
 _T = EncoderConfig(name="vit_t", dim=192, depth=12, heads=3, global_layers=(2, 5, 8, 11), window=8)  # ours
+# ours: small enough to be trained on two cores and to be shipped. One narrow head over the whole image, since there the
+# time goes into heads x tokens^2 logits, and three would cost as much as the three wide ones.
+_ROUTED_T = replace(
+    _T,
+    name="blsam_vit_t",
+    e_dim=48,
+    e_heads=3,
+    e_global_heads=1,
+    e_layers=_every(1, 11),
+    predictor_layers=(0, 3, 6, 9),
+)
 
 CONFIGS: dict[str, EncoderConfig] = {
     config.name: config
@@ -241,17 +252,8 @@ CONFIGS: dict[str, EncoderConfig] = {
         # ours: the paper has no L
         replace(_L, name="blsam_vit_l", e_dim=384, e_heads=6, e_layers=_every(6, 23), predictor_layers=(5, 11, 17)),
         replace(_B, name="blsam_vit_b", e_dim=192, e_heads=3, e_layers=_every(1, 11), predictor_layers=(0, 3, 6, 9)),
-        # ours: small enough to be trained on two cores and to be shipped. One narrow head over the whole image, since
-        # there the time goes into heads x tokens^2 logits, and three would cost as much as the three wide ones.
-        replace(
-            _T,
-            name="blsam_vit_t",
-            e_dim=48,
-            e_heads=3,
-            e_global_heads=1,
-            e_layers=_every(1, 11),
-            predictor_layers=(0, 3, 6, 9),
-        ),
+        _ROUTED_T,
+        replace(_ROUTED_T, name="blsam_vit_t_fine", grow=2),
     )
 }
 

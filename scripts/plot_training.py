@@ -19,6 +19,7 @@ from blsam.options import Parser, check_output, exit_status
 
 LOSSES = {"sup": "masks", "fd": "distillation"}
 MEASURED = {"val_box": "box mean IoU", "val_click": "one click, mean IoU", "val_cosine": "cosine to the teacher"}
+MEASURED |= {"val_error": "error to the teacher, of its variance"}
 
 
 def read(path: Path, start: float) -> list[dict[str, Any]]:

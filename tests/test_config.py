@@ -36,7 +36,7 @@ def test_layers(name):
     assert (config.dim, config.heads, config.window) == (dim, heads, window)
     if config.routed:
         assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
-        over_image = 1 if name == "blsam_vit_t" else e_heads
+        over_image = 1 if name.startswith("blsam_vit_t") else e_heads
         assert {config.e_heads_of(i) for i in config.global_layers} == {over_image}
     assert config.dense == CONFIGS[name.removeprefix("blsam_")]
     stages = [None, *range(len(config.predictor_layers))]

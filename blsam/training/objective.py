@@ -219,8 +219,10 @@ def decode(
     logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [P, 4, 4 h, 4 w] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
-    sparse, dense = sam.prompt_encoder(points, boxes, logits)
-    return sam.mask_decoder.predict_masks(embedding, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+    with torch.autocast(embedding.device.type, enabled=False):  # coordinates in bfloat16 would be off by a pixel
+        sparse, dense = sam.prompt_encoder(points, boxes, logits)
+        places = sam.prompt_encoder.get_dense_pe()
+    return sam.mask_decoder.predict_masks(embedding, places, sparse, dense)
 
 
 def _real(batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:

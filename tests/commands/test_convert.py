@@ -23,7 +23,7 @@ def test_info(tmp_path, capsys):
     assert info["parameters"] == sum(value.numel() for value in state.values()) and info["tensors"] == len(state)
     assert info["fits"] == ["vit_t"] and info["dtypes"] == ["float16"] and info["image_size"] == 512
     new = len(sam_model_registry["blsam_vit_t"](SHIPPED).state_dict()) - len(state)
-    assert info["is_a_start_for"] == {"vit_t_fine": 1, "blsam_vit_t": new}
+    assert info["is_a_start_for"] == {"vit_t_fine": 1, "blsam_vit_t": new, "blsam_vit_t_fine": new + 1}
     assert info["metadata"]["model"] == "vit_t"
 
 

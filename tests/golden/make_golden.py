@@ -28,6 +28,7 @@ GOLDEN = {
     "blsam_vit_l": rows(24, L, 6, range(6, 24), (5, 11, 17)),
     "blsam_vit_b": rows(12, B, 1, range(1, 12), (0, 3, 6, 9)),
     "blsam_vit_t": rows(12, B, 1, range(1, 12), (0, 3, 6, 9)),
+    "blsam_vit_t_fine": rows(12, B, 1, range(1, 12), (0, 3, 6, 9)),
 }
 
 if __name__ == "__main__":
