@@ -2,7 +2,7 @@
 """The curves of one training run, or of several that followed one another: losses, and what validation measured.
 
 python scripts/plot_training.py runs/mine/metrics.jsonl
-python scripts/plot_training.py checkpoints/metrics/*.jsonl -o docs/vit_t_training.png
+python scripts/plot_training.py checkpoints/metrics/fine_*.jsonl -o docs/vit_t_fine_training.png
 """
 
 import json
@@ -18,8 +18,12 @@ from blsam.files import write_atomically
 from blsam.options import Parser, check_output, exit_status
 
 LOSSES = {"sup": "masks", "fd": "distillation"}
-MEASURED = {"val_box": "box mean IoU", "val_click": "one click, mean IoU", "val_cosine": "cosine to the teacher"}
-MEASURED |= {"val_error": "error to the teacher, of its variance"}
+MEASURED = {
+    "val_box": "box mean IoU",
+    "val_click": "one click, mean IoU",
+    "val_cosine": "cosine to the teacher",
+    "val_error": "error to the teacher, of its variance",
+}
 
 
 def read(path: Path, start: float) -> list[dict[str, Any]]:

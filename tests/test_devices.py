@@ -1,6 +1,7 @@
-"""The same values on every device that there is: `pytest tests/test_devices.py` on a machine with a GPU takes a minute.
+"""The same on every device that there is: `pytest tests/test_devices.py` takes two minutes on a machine with a GPU.
 
-Everything is compared with double precision on the CPU, so that the CPU's own single precision is under test too.
+Encoders and their gradients are compared with double precision on the CPU, so that the CPU's own single precision is
+under test too; prompts and everything-mode on a GPU with the CPU; calibration and training run, and bring what they should.
 """
 
 import copy
@@ -21,11 +22,12 @@ from blsam.training.calibrate import calibrate
 from tests.helpers import ROOT, TINY, TINY_EXACT, images, randomize, tiny
 from tests.photos import write_photos
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+GPUS = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
 SINGLE = {"cpu": 1e-5, "cuda": 5e-3, "mps": 5e-3}  # convolutions on a GPU are in tf32 unless one says otherwise
 HALF = 0.06
 
-pytestmark = pytest.mark.parametrize("device", DEVICES)
+everywhere = pytest.mark.parametrize("device", ["cpu", *GPUS])
+on_gpus = pytest.mark.parametrize("device", GPUS)
 
 
 def error(found, expected):
@@ -47,6 +49,7 @@ def photo():
     return np.where(disc, [200, 60, 40], [30, 90, 160]).astype(np.uint8) + (x % 16).astype(np.uint8)[..., None]
 
 
+@everywhere
 @pytest.mark.parametrize("config", [TINY_EXACT, TINY], ids=lambda config: config.name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_encoder_gives_the_values_of_double_precision(device, config, dtype):
@@ -63,6 +66,7 @@ def test_an_encoder_gives_the_values_of_double_precision(device, config, dtype):
     assert error(found, expected) < (SINGLE[device] if dtype == torch.float32 else HALF)
 
 
+@everywhere
 def test_a_gradient_is_that_of_double_precision(device):
     encoder, x = tiny(TINY).train(), images(1)
     exact = copy.deepcopy(encoder).double()
@@ -74,6 +78,7 @@ def test_a_gradient_is_that_of_double_precision(device):
             assert error(found.grad, expected.grad) < 10 * SINGLE[device], name
 
 
+@on_gpus
 def test_prompts_give_the_masks_of_the_cpu(device, sam, photo):
     masks = []
     for place in ("cpu", device):
@@ -85,6 +90,7 @@ def test_prompts_give_the_masks_of_the_cpu(device, sam, photo):
     assert error(masks[1], masks[0]) < 2 * SINGLE[device]
 
 
+@on_gpus
 def test_everything_mode_runs_and_agrees(device, sam, photo):
     found = []
     for place in ("cpu", device):
@@ -96,6 +102,7 @@ def test_everything_mode_runs_and_agrees(device, sam, photo):
     assert counts[0] and abs(counts[0] - counts[1]) <= max(1, counts[0] // 10), counts
 
 
+@everywhere
 def test_a_calibration_brings_a_model_nearer_to_the_dense_one(device, tmp_path):
     torch.manual_seed(0)
     dense = randomize(ImageEncoder(CONFIGS["vit_t"], 64), std=0.02)
@@ -111,6 +118,7 @@ def test_a_calibration_brings_a_model_nearer_to_the_dense_one(device, tmp_path):
     assert row["cosine_after"] > row["cosine_before"], row
 
 
+@everywhere
 @pytest.mark.parametrize("stage", ["encoder", "masks"])
 def test_a_training_step_on_the_device(device, stage, tmp_path):
     photos = write_photos(tmp_path / "photos", 4)

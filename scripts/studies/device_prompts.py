@@ -95,8 +95,10 @@ def prompted(
     sam: Sam, embedding: torch.Tensor, batch: dict[str, torch.Tensor], corrections: int
 ) -> dict[str, torch.Tensor]:
     """L_sup of the objects: half begin with a box, half with a click (every other one in the middle); up to so many
-    clicks where the most confident mask is wrong follow."""
+    clicks where the most confident mask is wrong follow. {} for fewer than two objects."""
     which, slot = batch["there"].nonzero(as_tuple=True)
+    if len(which) < 2:
+        return {}
     turn = torch.randperm(len(which), device=which.device)
     which, slot = which[turn], slot[turn]
     target = batch["masks"][which, slot].float() / 255
@@ -135,10 +137,15 @@ def tuned(sam: Sam, embedding: torch.Tensor, batch: dict[str, torch.Tensor]) -> 
 
     - A box is not ambiguous: every mask is to be the object, and every score its IoU.
     - Of a click on an object the mask that fits best is learnt, and that it is the one to choose.
-    - At random points it learns mask by mask what the teacher draws there, as score the IoU with that. So a click's score
-      says how clear a segment is, which is what everything-mode filters by, whatever annotators would call the object.
+    - At random points it learns mask by mask what the teacher draws there, as score the IoU with that, or the teacher's own
+      where that is lower. So a click's score says how clear a segment is, which is what everything-mode filters by,
+      whatever annotators would call the object.
+
+    {} for fewer than two objects.
     """
     which, slot = batch["there"].nonzero(as_tuple=True)
+    if len(which) < 2:
+        return {}
     turn = torch.randperm(len(which), device=which.device)
     which, slot = which[turn], slot[turn]
     target, side = batch["masks"][which, slot].float() / 255, sam.image_encoder.img_size

@@ -7,6 +7,7 @@ one bilinear sampling of them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle_tools
 
 from blsam.data.sa1b import TrainingPhoto
+from blsam.data.views import BROKEN
 
 CANVAS = 512  # pixels of the square that a photo lies in, at its top left; larger ones are made smaller
 
@@ -44,12 +46,17 @@ class Photos:
 
 
 def read_photos(photos: Sequence[TrainingPhoto], readers: int) -> Photos:
-    """All of them, in memory; read in so many processes, or with one in this."""
+    """All but damaged ones, which are named, in memory; read in so many processes, or with one in this."""
     if readers > 1:  # begun afresh: a copy of a process that has threads may wait for ever
         with ProcessPoolExecutor(readers, get_context("spawn")) as pool:
-            found = list(pool.map(_read, photos, chunksize=8))
+            tried = list(pool.map(_tried, photos, chunksize=8))
     else:
-        found = list(map(_read, photos))
+        tried = list(map(_tried, photos))
+    found = [one for one in tried if not isinstance(one, str)]
+    for reason in (one for one in tried if isinstance(one, str)):
+        print(f"left out: {reason}", file=sys.stderr)
+    if not found:
+        raise ValueError("no photo can be read")
     pixels = torch.empty(len(found), 3, CANVAS, CANVAS, dtype=torch.uint8)
     for i, (image, _, _) in enumerate(found):
         pixels[i] = torch.from_numpy(image).permute(2, 0, 1)
@@ -60,6 +67,14 @@ def read_photos(photos: Sequence[TrainingPhoto], readers: int) -> Photos:
     areas = np.array([ones[row].sum(dtype=np.int64) for row in rows], np.int64)
     sizes = np.array([size for _, size, _ in found])
     return Photos(pixels, sizes, torch.from_numpy(rows), areas, np.cumsum([0, *counts]))
+
+
+def _tried(photo: TrainingPhoto) -> tuple[np.ndarray, tuple[int, int], list[np.ndarray]] | str:
+    """As `_read`, or what is wrong with it."""
+    try:
+        return _read(photo)
+    except BROKEN as error:
+        return f"{photo.id}: {type(error).__name__} {error}".splitlines()[0]
 
 
 def _read(photo: TrainingPhoto) -> tuple[np.ndarray, tuple[int, int], list[np.ndarray]]:
@@ -139,7 +154,7 @@ def _to(values: np.ndarray, device: torch.device) -> torch.Tensor:
 def cut(source: torch.Tensor, theta: torch.Tensor, shown: torch.Tensor, side: int) -> torch.Tensor:
     """Tiles [n, C, side, side] of canvases [n, C, CANVAS, CANVAS] float, 0 where nothing is shown."""
     grid = F.affine_grid(theta, [len(theta), source.shape[1], side, side], align_corners=False)
-    tiles = F.grid_sample(source, grid.to(source.dtype), padding_mode="border", align_corners=False)
+    tiles = F.grid_sample(source, grid, padding_mode="border", align_corners=False)
     return tiles * inside(shown, side)[:, None]
 
 
