@@ -193,7 +193,7 @@ def shipped_checkpoint(model: str) -> Path | None:
 def find_checkpoint(model: str, given: Path | None) -> Path:
     """The checkpoint asked for, or the one that ships; UsageError says where weights come from."""
     path = given or shipped_checkpoint(model)
-    if path is None and model.endswith("vit_t"):
+    if path is None and model.endswith(("vit_t", "vit_t_fine")):
         name = f"{model}.safetensors"
         raise UsageError(
             f"{name} is not here; take it from checkpoints/ of the blsam repository and give --checkpoint"

@@ -92,7 +92,7 @@ def parsed(*arguments, **changes):
 
 def test_defaults():
     args = parsed()
-    assert (args.model, args.checkpoint, args.keep_ratio, args.image_size) == ("blsam_vit_t_fine", None, 0.25, None)
+    assert (args.model, args.checkpoint, args.keep_ratio, args.image_size) == ("blsam_vit_t", None, 0.25, None)
     assert args.device.type == ("cuda" if torch.cuda.is_available() else "cpu") and args.dtype == "auto"
     assert parsed(**{"--dtype": {"default": "float32"}}).dtype == "float32"
 
