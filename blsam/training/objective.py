@@ -219,10 +219,20 @@ def decode(
     logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [P, 4, 4 h, 4 w] and scores [P, 4] of all mask tokens for P prompts on one embedding [1, 256, h, w]."""
-    with torch.autocast(embedding.device.type, enabled=False):  # coordinates in bfloat16 would be off by a pixel
-        sparse, dense = sam.prompt_encoder(points, boxes, logits)
-        places = sam.prompt_encoder.get_dense_pe()
+    sparse, dense, places = encode_prompts(sam, points, boxes, logits)
     return sam.mask_decoder.predict_masks(embedding, places, sparse, dense)
+
+
+def encode_prompts(
+    sam: Sam,
+    points: Clicks | None = None,
+    boxes: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What SAM's prompt encoder makes of P prompts, [P, T, 256] and [P, 256, h, w], and of the places of the embedding,
+    [1, 256, h, w]. In float32, whatever the decoder runs in: coordinates in bfloat16 would be off by a pixel."""
+    with torch.autocast(sam.device.type, enabled=False):
+        return *sam.prompt_encoder(points, boxes, logits), sam.prompt_encoder.get_dense_pe()
 
 
 def _real(batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:

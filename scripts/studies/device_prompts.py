@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from blsam.modeling.sam import Sam
 from blsam.training.losses import MASK_LOSSES, mask_iou, supervised_loss
-from blsam.training.objective import MULTI, SINGLE
+from blsam.training.objective import MULTI, SINGLE, encode_prompts
 from blsam.training.prompts import noisy_boxes
 
 SHARPNESS = 0.1  # difference of scores at which one mask is e times as likely to be chosen as another
@@ -19,11 +19,8 @@ Prompts = tuple[torch.Tensor, torch.Tensor]  # what SAM's prompt encoder makes o
 def prompts(
     sam: Sam, points: Points | None = None, boxes: torch.Tensor | None = None, logits: torch.Tensor | None = None
 ) -> Prompts:
-    """In float32: coordinates in bfloat16 would be off by pixels."""
-    device = next(sam.prompt_encoder.parameters()).device.type
-    with torch.autocast(device, enabled=False):
-        sparse, dense = sam.prompt_encoder(points, boxes, logits)
-    return sparse, dense
+    """As `encode_prompts`, without the places of the embedding."""
+    return encode_prompts(sam, points, boxes, logits)[:2]
 
 
 def joined(one: Prompts, other: Prompts) -> Prompts:

@@ -192,10 +192,8 @@ class Tally:
             self.terms.setdefault(name, []).append(value.detach())
 
     def row(self, batch: int) -> dict[str, float]:
-        """ValueError where a gradient was not finite: before such weights are kept."""
+        """Begins anew."""
         found = {name: round(torch.stack(values).mean().item(), 4) for name, values in self.terms.items()}
-        if not math.isfinite(found["norm"]):
-            raise ValueError("a gradient is not finite; a lower --lr may help")
         steps, now = len(self.terms["fd"]), time.monotonic()
         found["views_per_second"] = round(steps * batch / (now - self.since), 1)
         found |= {f"s_{name}": round(seconds / steps, 4) for name, seconds in self.watch.seconds.items()}
@@ -281,8 +279,10 @@ def measured(sam: Sam, fixed: list[dict[str, torch.Tensor]]) -> dict[str, float]
 def save(
     args: argparse.Namespace, sam: Sam, optimizer: torch.optim.Optimizer, number: int, step: int, seconds: float
 ) -> None:
-    """The weights in half precision, and what a later run goes on from."""
+    """The weights in half precision, and what a later run goes on from; ValueError where they are not finite."""
     half = {name: value.detach().half().cpu().contiguous() for name, value in sam.state_dict().items()}
+    if not all(value.isfinite().all() for value in half.values()):
+        raise ValueError(f"step {step}: the weights are not finite; a lower --lr may help")
     about = {"model": args.model, "image_size": str(args.image_size), "step": str(step), "format": "pt"}
     write_atomically(args.output / "model.safetensors", lambda path: save_file(half, path, about))
     state = {"sam": sam.state_dict(), "optimizer": optimizer.state_dict()}

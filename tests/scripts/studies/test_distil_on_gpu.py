@@ -1,3 +1,4 @@
+import argparse
 import json
 import sys
 
@@ -260,6 +261,16 @@ def test_three_phases_one_after_the_other_each_from_where_it_was(tmp_path, monke
     assert sam_model_registry["vit_t_fine"](out / "model.safetensors").image_encoder.img_size == 64
     error, _ = run(0.06, 0.06, 0.1, lr=5e-4)
     assert error.count("\n") == 1 and "was begun with lr" in error
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path):
+    sam = sam_model_registry["vit_t_fine"](image_size=64)
+    with torch.no_grad():
+        sam.mask_decoder.iou_token.weight[0, 0] = float("nan")
+    args = argparse.Namespace(output=tmp_path, model="vit_t_fine", image_size=64)
+    with pytest.raises(ValueError, match="step 7: the weights are not finite"):
+        distil_on_gpu.save(args, sam, torch.optim.AdamW(sam.parameters()), 0, 7, 1.0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
