@@ -105,11 +105,11 @@ def counted_macs(model: nn.Module, images: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def images_a_second(model: nn.Module, images: torch.Tensor, seconds: float = 2.0) -> float:
-    """Of passes of this batch, the median of as many as fit into so many seconds, at least three, after one more."""
+def images_a_second(model: Callable[..., Any], images: torch.Tensor, seconds: float = 2.0, least: int = 3) -> float:
+    """Of passes of this batch, the median of as many as fit into so many seconds, `least` in any case, after one more."""
     model(images)
     taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < seconds:
+    while len(taken) < least or sum(taken) < seconds:
         synchronize(images.device)
         start = time.perf_counter()
         model(images)

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from blsam.files import write_atomically
 from blsam.options import Parser, check_output, exit_status
+from scripts.benchmarks.benchmark_baselines import BATCH
 from scripts.studies.study_classifiers import TABLES, key_of
 
 SHOWN = {  # colour and marker; of ours in red
@@ -31,10 +32,16 @@ SHOWN = {  # colour and marker; of ours in red
     "AdaViT": ("tab:olive", ">"),
 }
 NAMES = {"no E-block": "bLViT, no E-block"}
+ACROSS = (
+    "million multiply-adds of an image",
+    f"milliseconds of an image in a batch of {BATCH}",
+    "milliseconds of a single image",
+)
 
 
-def points(rows: list[dict[str, Any]], speeds: dict[str, Any]) -> dict[str, tuple[float, float, float]]:
-    """Top-1 in percent, 10^6 multiply-adds and milliseconds of a single image, of all that was trained."""
+def points(rows: list[dict[str, Any]], speeds: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Top-1 in percent, 10^6 multiply-adds, milliseconds of an image in a batch and of a single one, of all that was
+    trained."""
     found = {"dense": (speeds["teacher"], *_cost(speeds["speeds"]["dense"]))}
     for label, variant in TABLES["main"].items():
         top1 = [row["top1"] for row in rows if row["variant"] == key_of(variant)]
@@ -43,11 +50,11 @@ def points(rows: list[dict[str, Any]], speeds: dict[str, Any]) -> dict[str, tupl
     return found
 
 
-def _cost(one: dict[str, float]) -> tuple[float, float]:
-    return one["mmacs"], 1e3 / one["batch 1"]
+def _cost(one: dict[str, float]) -> tuple[float, ...]:
+    return one["mmacs"], 1e3 / one[f"batch {BATCH}"], 1e3 / one["batch 1"]
 
 
-def draw(axes: Axes, found: dict[str, tuple[float, float, float]], column: int, label: str) -> None:
+def draw(axes: Axes, found: dict[str, tuple[float, ...]], column: int, label: str) -> None:
     top1, across = found["dense"][0], found["dense"][column]
     axes.axhline(top1, color="0.85", zorder=0)
     axes.axvline(across, color="0.85", zorder=0)
@@ -67,12 +74,12 @@ def main() -> int:
     check_output("--output", args.output, taken=args.results.glob("*.json*"))
     rows = [json.loads(line) for line in (args.results / "rows.jsonl").read_text().splitlines()]
     found = points(rows, json.loads((args.results / "speeds.json").read_text()))
-    figure = Figure((9, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    draw(left, found, 1, "million multiply-adds of an image")
-    draw(right, found, 2, "milliseconds of a single image")
-    left.set_ylabel("top-1 of CIFAR-10 in miniature, %")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    figure = Figure((12, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for column, axes in enumerate(panels):
+        draw(axes, found, column + 1, ACROSS[column])
+    panels[0].set_ylabel("top-1 of CIFAR-10 in miniature, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
     write_atomically(args.output, lambda path: figure.savefig(path, dpi=150, format="png"))
     print(args.output)
     return 0

@@ -6,8 +6,8 @@
 `--table` chooses what is compared: main (methods and ablations, two seeds), and in miniature the paper's tables 3 (part
 by part), 4 (weight of the distillation) and 5 (share that is pruned). Every run is a line of the results; runs that are
 there are not made again, and one that was killed goes on where it was. `--report` prints the tables, with multiply-adds
-and images a second of all models in turn, and every method at three settings; `--speeds` keeps what it measured, for
-plot_classifiers.
+and images a second of all models in turn; `--speeds` keeps what it measured, for plot_classifiers. What a method's keep
+ratio does to its speed: scripts/benchmarks/benchmark_baselines.py.
 """
 
 from __future__ import annotations
@@ -20,33 +20,30 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 
 from blsam.baselines import BASELINES, build_baseline
-from blsam.baselines.ada_vit import PATCH_ON
-from blsam.baselines.base import log_odds
 from blsam.build_classifier import build_classifier
 from blsam.config import CLASSIFIERS, ClassifierConfig
 from blsam.data.imagenet import EvaluationImages, EvaluationTransform, collate, open_images
 from blsam.distributed import CPU
-from blsam.evaluation.imagenet import count_correct, counted_macs, images_a_second
+from blsam.evaluation.imagenet import count_correct
 from blsam.files import write_text
 from blsam.options import Parser, UsageError, exit_status
 from blsam.training.calibrate import default_limit
 from blsam.training.calibration import Calibration, Settings
 from blsam.training.imagenet import train
 from blsam.training.imagenet_settings import ClassifierSettings
+from scripts.benchmarks.benchmark_baselines import BATCH, chosen_images, measured_in_turn
 
 ROUTED, DENSE = CLASSIFIERS["blvit_mini_patch4_32"], CLASSIFIERS["vit_mini_patch4_32"]
 IMAGES = 128  # of a step
-BATCH, ROUNDS = 64, 7  # of the timing
-ALONE = 16  # images that are timed one by one, and whose multiply-adds are counted
+ROUNDS = 7  # of the timing
 
 
 @dataclass(frozen=True)
@@ -107,17 +104,6 @@ TABLES: dict[str, dict[str, Variant]] = {
     },
     "4": {f"weight {weight:g}": Variant(weight=weight) for weight in (0, 0.5, 1, 2.5, 5, 10)},
     "5": {f"pruned {1 - keep:.0%}": Variant(keep=keep) for keep in (0.5, 0.4, 0.3, 0.2, 0.1)},
-}
-
-
-SETTINGS = {  # by how much each method computes, on the teacher's weights
-    "evit": (0.9, 0.7, 0.5),
-    "evo_vit": (0.7, 0.5, 0.3),
-    "dynamic_vit": (0.9, 0.7, 0.5),
-    "tome": (0.6, 0.45, 0.2),
-    "ats": (1.0, 0.5, 0.25),
-    "a_vit": (0.9, 0.72, 0.5),
-    "ada_vit": (0.9, 0.8, 0.7),
 }
 
 
@@ -278,11 +264,10 @@ def measured_as_it_is(args: argparse.Namespace, variant: Variant) -> dict[str, A
 
 def report(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     """The tables as Markdown."""
-    teacher, x = json.loads((args.output / "teacher" / "row.json").read_text()), test_images(args)
+    teacher = json.loads((args.output / "teacher" / "row.json").read_text())
     variants = {key_of(v): v for table in TABLES.values() for v in table.values()}
     models = {key: trained(args, v) for key, v in variants.items()} | {"dense": build_classifier(DENSE)}
-    settings = {f"{name} {keep:g}": at_setting(args, name, keep, x) for name in SETTINGS for keep in SETTINGS[name]}
-    found = measured_in_turn(models | settings, x)
+    found = measured_in_turn(models, chosen_images(DENSE, args.val_data), ROUNDS)
     for row in rows:  # over all test images, where they decide
         if "gmacs" in row:
             found[row["variant"]]["mmacs"] = mean(r["gmacs"] for r in rows if r["variant"] == row["variant"]) * 1e3
@@ -297,40 +282,11 @@ def report(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
             cell = f"{mean(top1):.2f}" if top1 else "-"
             cell += f" (± {(max(top1) - min(top1)) / 2:.2f})" if len(top1) > 1 else ""
             print(f"| {label} | {cell} | {len(top1)} | {cost(found[key_of(variant)])} |")
-    print(f"\n### settings\n\n| | MMACs | batch 1 | batch {BATCH} |\n|---|---|---|---|")
-    for label in ("dense", *settings):
-        print(f"| {label} | {cost(found[label])} |")
 
 
 def cost(found: dict[str, float]) -> str:
     """Cells of a table: 10^6 multiply-adds and images a second."""
     return f"{found['mmacs']:.1f} | {found['batch 1']:.0f} | {found[f'batch {BATCH}']:.0f}"
-
-
-def measured_in_turn(models: dict[str, Any], x: torch.Tensor) -> dict[str, dict[str, float]]:
-    """10^6 multiply-adds and images a second of each, on images [BATCH, 3, S, S]; medians of rounds."""
-    speeds: dict[tuple[str, str], list[float]] = {}
-    for _ in range(ROUNDS):
-        for key, model in models.items():
-            alone = partial(one_by_one, model)
-            for batch, passed, images in (("batch 1", alone, x[:ALONE]), (f"batch {BATCH}", model, x)):
-                speeds.setdefault((key, batch), []).append(images_a_second(passed, images, 0.2))
-    found = {key: {"mmacs": counted_macs(model, x[:ALONE]) / 1e6} for key, model in models.items()}
-    for (key, batch), rates in speeds.items():
-        found[key][batch] = round(median(rates), 1)
-    return found
-
-
-def one_by_one(model: Any, images: torch.Tensor) -> None:
-    """Passes of single images, which may differ in what they cost."""
-    for image in images:
-        model(image[None])
-
-
-def test_images(args: argparse.Namespace) -> torch.Tensor:
-    """[BATCH, 3, S, S], spread over those to measure on."""
-    images, transform = open_images((args.val_data,), "val"), EvaluationTransform(DENSE.image_size)
-    return torch.stack([transform(images.read(i * len(images) // BATCH)) for i in range(BATCH)])
 
 
 def trained(args: argparse.Namespace, variant: Variant) -> torch.nn.Module:
@@ -342,25 +298,6 @@ def trained(args: argparse.Namespace, variant: Variant) -> torch.nn.Module:
     path = folder_of(args, variant, args.seeds[0]) / "model.safetensors"
     weights = path if BASELINES[variant.baseline].by_image and path.is_file() else None
     return build_baseline(variant.baseline, DENSE, weights, keep_ratio=variant.keep)
-
-
-@torch.no_grad()
-def at_setting(args: argparse.Namespace, name: str, keep: float, x: torch.Tensor) -> torch.nn.Module:
-    """A method on the teacher's weights. Where training decides what is computed, A-ViT's gate is set for these images
-    and AdaViT's biases so that this share of decisions is on in every block."""
-    model: Any = build_baseline(name, DENSE, teacher_of(args), keep_ratio=keep)
-    if name == "a_vit":
-        model.search(model.stem(x), keep)
-    if name == "ada_vit":
-        tokens = model.begin(model.stem(x))
-        for i, policy in enumerate(model.predictors):
-            patches, units = policy(tokens.x, model.block(i).norm1(tokens.x))
-            policy.patches.bias -= patches.quantile(1 - keep) - log_odds(PATCH_ON)
-            if units is not None:
-                policy.units.bias -= units.quantile(1 - keep, dim=0)  # each unit on for this share of the images
-            tokens = model.before_block(i, tokens)
-            tokens = model.after_block(i, model.feed_forward(i, model.attention(i, tokens)[0]))
-    return model
 
 
 if __name__ == "__main__":
