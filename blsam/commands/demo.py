@@ -7,8 +7,12 @@ blsam demo --model vit_b --checkpoint sam_vit_b_01ec64.pth --port 8000
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from ..options import UsageError, add_model_options, builder_options, find_checkpoint
+
+if TYPE_CHECKING:
+    from ..modeling.sam import Sam
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,10 +33,13 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError(f"the page needs {error.name}: pip install 'blsam[demo]'") from None
     from ..build_sam import sam_model_registry
 
+    def build() -> Sam:
+        sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
+        if (engine := sam.image_encoder.engine) is not None:
+            engine.only = frozenset((args.keep_ratio, 1.0))  # the slider's other places would each be compiled
+        return sam
+
     listener = page.bind(args.host, args.port)
-    sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
-    if (engine := sam.image_encoder.engine) is not None:
-        engine.only = frozenset((args.keep_ratio, 1.0))  # the slider's other places would each be compiled
-    segmenter = Segmenter(sam)
+    segmenter = Segmenter(build)
     segmenter.warm_up(args.keep_ratio)
     page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)

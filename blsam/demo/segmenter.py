@@ -86,12 +86,16 @@ class Found:
 
 
 class Segmenter:
-    """One model, one job at a time in the order they come."""
+    """One model, one job at a time in the order they come.
 
-    def __init__(self, sam: Sam) -> None:
-        self.sam = sam
-        self.photos, self.encodings = BoundedCache(PHOTO_BYTES), BoundedCache(ENCODING_BYTES)
+    build: makes the model, on the thread that will run it. torch gives every thread that it is called from threads of its
+    own, and all of them sleep between two operators once they are more than the cores: a click then takes 21 ms for 14.
+    """
+
+    def __init__(self, build: Callable[[], Sam]) -> None:
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.sam = self._model.submit(build).result()
+        self.photos, self.encodings = BoundedCache(PHOTO_BYTES), BoundedCache(ENCODING_BYTES)
         # photos too, on one thread: 40 megapixels take several hundred MB, which the next photo then uses again
         self._opening = ThreadPoolExecutor(1, thread_name_prefix="opening")
         self._waiting = threading.BoundedSemaphore(MAX_WAITING)

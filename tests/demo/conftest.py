@@ -14,7 +14,7 @@ def sam():
 
 @pytest.fixture
 def shared(sam):
-    return Segmenter(sam)
+    return Segmenter(lambda: sam)
 
 
 @pytest.fixture

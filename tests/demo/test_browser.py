@@ -150,6 +150,7 @@ def test_from_a_photo_to_files(visit, tmp_path):
     page.focus("#photo")
     page.keyboard.press("2")
     assert page.get_attribute("#candidates button >> nth=1", "aria-checked") == "true"
+    page.wait_for_function("blsam.masks[1].overlay && blsam.canvas.view.overlay === blsam.masks[1].overlay")
     assert difference(shown(page), other) > 0
 
     name, contents = download(page, "Mask")

@@ -109,6 +109,6 @@ def test_routing_pictures_show_the_stages(client, shared):
         share.append((np.asarray(Image.open(io.BytesIO(picture)).convert("L")) > 160).mean())
     assert np.allclose(share, 0.25, atol=0.02)
     assert client.get(f"/api/photos/{id}/routing", params={"keep_ratio": 0.25, "stage": 4}).status_code == 400
-    exact = TestClient(api(Segmenter(sam_model_registry["vit_t"](shipped_checkpoint("vit_t")))))
+    exact = TestClient(api(Segmenter(lambda: sam_model_registry["vit_t"](shipped_checkpoint("vit_t")))))
     id = upload(exact, file_of(data.coffee()))
     assert "no routing" in exact.get(f"/api/photos/{id}/routing", params={"keep_ratio": 1}).json()["error"]

@@ -28,6 +28,21 @@ def test_what_is_kept_is_bounded(shared):
     assert len(shared.encodings) == 2 and shared.encodings.get((kept[-1].id, 0.4)) is not None
 
 
+def test_the_model_is_made_on_the_thread_that_runs_it(sam, monkeypatch):
+    threads = []
+
+    def build():
+        threads.append(threading.current_thread())
+        return sam
+
+    segmenter, encode = Segmenter(build), sam.encode_images
+    monkeypatch.setattr(
+        sam, "encode_images", lambda *a, **k: threads.append(threading.current_thread()) or encode(*a, **k)
+    )
+    segmenter.encode(segmenter.add(JPEG), 0.25)
+    assert len(threads) == 2 and threads[0] is threads[1] is not threading.main_thread(), threads
+
+
 def test_more_than_can_wait_are_told_so(shared, monkeypatch):
     photo, gate = shared.add(JPEG), threading.Event()
     shared._model.submit(gate.wait)
@@ -53,7 +68,7 @@ def test_seconds_wait_for_the_device(monkeypatch):
 
     monkeypatch.setattr(sam, "encode_images", begun)
     monkeypatch.setattr(distributed, "synchronize", lambda device: time.sleep(pending.pop() if pending else 0))
-    segmenter = Segmenter(sam)
+    segmenter = Segmenter(lambda: sam)
     photo, prompt = segmenter.add(JPEG), Prompt(((270.0, 60.0, 1),))
     first, again = (segmenter.masks(photo, 0.25, prompt) for _ in range(2))
     assert first.encoder >= 0.5 > again.encoder, (first.encoder, again.encoder)

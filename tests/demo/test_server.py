@@ -131,8 +131,8 @@ def test_ten_visitors_get_their_own_masks(sam):
         id = upload(client, visit[0])
         return [client.post(f"/api/photos/{id}/masks", json=visit[1]).json()["masks"] for _ in range(3)]
 
-    alone = [answers(TestClient(api(Segmenter(sam))), visit)[0] for visit in visits]
-    with TestClient(api(Segmenter(sam))) as client, ThreadPoolExecutor(10) as pool:
+    alone = [answers(TestClient(api(Segmenter(lambda: sam))), visit)[0] for visit in visits]
+    with TestClient(api(Segmenter(lambda: sam))) as client, ThreadPoolExecutor(10) as pool:
         together = list(pool.map(lambda visit: answers(client, visit), visits))
     for visitor, (one, several) in enumerate(zip(alone, together)):
         assert all(answer == one for answer in several), f"visitor {visitor} got other masks than alone"

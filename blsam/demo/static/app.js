@@ -146,7 +146,7 @@ class App {
 
   async refresh() { // masks of the prompt that is shown; clicks made meanwhile are answered together
     this.view = "prompt";
-    this.canvas.show({ ...this.now, overlay: null, ...(this.masks.length && { overlay: this.masks[this.chosen].overlay }) });
+    this.canvas.show({ ...this.now, overlay: this.masks[this.chosen]?.overlay || null });
     const number = ++this.asked;
     if (this.running) return;
     if (!this.now.points.length && !this.now.box) {
@@ -159,11 +159,14 @@ class App {
     const start = performance.now();
     try {
       const { masks, seconds } = await this.ask("masks", { ...this.settings, ...this.now });
-      const overlays = await Promise.all(masks.map((mask) => overlay(mask.overlay)));
+      const chosen = masks.reduce((best, mask, i) => (mask.score > masks[best].score ? i : best), 0);
+      const picture = await overlay(masks[chosen].overlay); // the others when it is on the screen
       if (number === this.asked) {
-        this.masks = masks.map((mask, i) => ({ score: mask.score, overlay: overlays[i] }));
-        this.chosen = masks.reduce((best, mask, i) => (mask.score > masks[best].score ? i : best), 0);
+        this.masks = masks.map(({ score }, i) => ({ score, overlay: i === chosen ? picture : null }));
+        this.chosen = chosen;
         this.showPrompt();
+        const shown = this.masks;
+        requestAnimationFrame(() => setTimeout(() => this.unpack(shown, masks)));
         const all = performance.now() - start;
         this.say(`Three candidates in ${all.toFixed(0)} ms, ${(1e3 * seconds.decoder).toFixed(0)} of them decoder and upscaling.`);
         $("photo").dataset.answered = number;
@@ -175,6 +178,14 @@ class App {
       this.running = false;
     }
     if (number !== this.asked && this.photo && this.view === "prompt") await this.refresh();
+  }
+
+  async unpack(shown, masks) { // the candidates that were not chosen
+    for (const [i, mask] of shown.entries()) {
+      if (mask.overlay) continue;
+      mask.overlay = await overlay(masks[i].overlay);
+      if (this.masks === shown && this.chosen === i && this.view === "prompt") this.showPrompt(); // chosen meanwhile
+    }
   }
 
   showPrompt() {
