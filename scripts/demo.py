@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 from skimage import data
 
-from blsam.cli import main
+from blsam.__main__ import start
 
 OUTPUT = Path("demo_output")
 
@@ -14,4 +14,4 @@ if __name__ == "__main__":
     OUTPUT.mkdir(exist_ok=True)
     photo = OUTPUT / "coffee.png"
     Image.fromarray(data.coffee()).save(photo)
-    raise SystemExit(main(["segment", str(photo), "--box", "160,10,400,245", "-o", str(OUTPUT / "coffee_mask.png")]))
+    raise SystemExit(start(["segment", str(photo), "--box", "160,10,400,245", "-o", str(OUTPUT / "coffee_mask.png")]))

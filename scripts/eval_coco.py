@@ -3,7 +3,7 @@
 
 import sys
 
-from blsam.cli import main
+from blsam.__main__ import start
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", "coco", *sys.argv[1:]]))
+    sys.exit(start(["evaluate", "coco", *sys.argv[1:]]))

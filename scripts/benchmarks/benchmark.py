@@ -41,7 +41,8 @@ from blsam.runtimes.backends import BACKENDS
 from scripts.benchmarks import benchmark_row
 from scripts.benchmarks.benchmark_row import REFERENCE, Row, fits, floor, time_from_parts
 
-LIMITS = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # hide instructions of the processor, for all runtimes
+# what rows say of their environment: instructions of the processor that are hidden from all runtimes, and the allocator
+SAID = ("ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "GLIBC_TUNABLES")
 
 # --- in turn ---------------------------------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ def main() -> int:
     check_output("--output", args.output, taken=(args.checkpoint,))
     comparisons = [rows_of(args, size, batch) for size in args.image_sizes for batch in args.batch_sizes]
     machine = {"processor": processor(), "cores": os.cpu_count()}
-    machine |= {name: os.environ[name] for name in LIMITS if name in os.environ}
+    machine |= {name: os.environ[name] for name in SAID if name in os.environ}
     total = args.rounds * sum(map(len, comparisons))
     with tqdm(total=total, unit="pass", disable=not sys.stderr.isatty()) as bar:
         for rows in comparisons:
