@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from blsam.commands.masks import add_settings, run
+from blsam.memory import keep_memory
 from blsam.options import OPTIONS, Parser, add_option, exit_status
 
 SAM_DEFAULT = "vit_h"  # what SAM's "default" is
@@ -32,4 +33,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_memory()
     sys.exit(exit_status("amg", main))

@@ -89,7 +89,7 @@ class Segmenter:
     """One model, one job at a time in the order they come.
 
     build: makes the model, on the thread that will run it. torch gives every thread that it is called from threads of its
-    own, and all of them sleep between two operators once they are more than the cores: a click then takes 21 ms for 14.
+    own, and all of them sleep between operators once they are more than the cores: a click then takes half as long again.
     """
 
     def __init__(self, build: Callable[[], Sam]) -> None:

@@ -2,7 +2,7 @@
 
     python -m scripts.benchmarks.benchmark_baselines                         # DeiT-S, random weights, noise
     python -m scripts.benchmarks.benchmark_baselines --model vit_mini_patch4_32 --checkpoint TEACHER \
-        --images cifar10_test.tar.xz --rounds 7
+        --images cifar10_test.tar.xz --rounds 5
 
 All take turns, round by round; single images and batches of 64. Where training decides what is computed, the decisions
 are set: A-ViT's gate halts at the setting's share of the depth, a mean over these images, and AdaViT's policies take

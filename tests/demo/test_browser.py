@@ -144,6 +144,7 @@ def test_from_a_photo_to_files(visit, tmp_path):
     assert (blue > 20).mean() > 0.4, "the cup in the box is not blue"
 
     page.click("#candidates button >> nth=0")
+    page.wait_for_function("blsam.masks[0].overlay && blsam.canvas.view.overlay === blsam.masks[0].overlay")
     other = shown(page)
     page.keyboard.press("2")
     assert page.get_attribute("#candidates button >> nth=1", "aria-checked") in ("true", "false")

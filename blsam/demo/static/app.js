@@ -9,7 +9,7 @@ class App {
     this.config = JSON.parse(root.dataset.config);
     this.photo = null; // {id, width, height, note, name, file}
     this.history = []; // prompts, {points, box}, oldest first; the last one is shown
-    this.masks = []; // {score, overlay}
+    this.masks = []; // {score, overlay}; the overlay comes later where it was not chosen
     this.chosen = 0;
     this.keep = this.config.keep_ratio;
     this.times = new Map(); // keep ratio -> seconds of the encoder on this photo
@@ -166,7 +166,7 @@ class App {
         this.chosen = chosen;
         this.showPrompt();
         const shown = this.masks;
-        requestAnimationFrame(() => setTimeout(() => this.unpack(shown, masks)));
+        requestAnimationFrame(() => setTimeout(() => this.unpack(shown, masks).catch((error) => this.fail(error))));
         const all = performance.now() - start;
         this.say(`Three candidates in ${all.toFixed(0)} ms, ${(1e3 * seconds.decoder).toFixed(0)} of them decoder and upscaling.`);
         $("photo").dataset.answered = number;
@@ -180,11 +180,11 @@ class App {
     if (number !== this.asked && this.photo && this.view === "prompt") await this.refresh();
   }
 
-  async unpack(shown, masks) { // the candidates that were not chosen
+  async unpack(shown, masks) { // the candidates that were not chosen, until others take their place
     for (const [i, mask] of shown.entries()) {
-      if (mask.overlay) continue;
-      mask.overlay = await overlay(masks[i].overlay);
-      if (this.masks === shown && this.chosen === i && this.view === "prompt") this.showPrompt(); // chosen meanwhile
+      if (this.masks !== shown) return;
+      mask.overlay ||= await overlay(masks[i].overlay);
+      if (this.masks === shown && this.chosen === i && this.view === "prompt") this.canvas.show({ overlay: mask.overlay });
     }
   }
 
