@@ -21,6 +21,7 @@ COLOURS = ("tab:red", "tab:orange", "tab:green", "tab:blue")  # from no narrow b
 def draw(axes: Axes, rows: list[dict[str, Any]], widths: list[int], keep: float) -> None:
     """Box mean IoU over that of random choice, a line a rule, with its interval; one colour a width."""
     rules = [name for name in CHOICES if name != "random"]
+    random = []
     for i, width in enumerate(widths):
         of_width = {row["choice"]: row for row in rows if (row["width"], row["keep_ratio"]) == (width, keep)}
         if not of_width:
@@ -28,15 +29,14 @@ def draw(axes: Axes, rows: list[dict[str, Any]], widths: list[int], keep: float)
         means, lows, highs = zip(*(of_width[rule]["over_random"] for rule in rules))
         places = [y + 0.18 * (i - (len(widths) - 1) / 2) for y in range(len(rules))]
         reach = [[m - low for m, low in zip(means, lows)], [high - m for m, high in zip(means, highs)]]
-        value = of_width["random"]["value"]
-        label = f"{f'{width} wide' if width else 'none'}: random {value:.1f}"
+        random.append(f"{of_width['random']['value']:.1f}")
+        label = f"{width} wide" if width else "none"
         axes.errorbar(means, places, xerr=reach, fmt="o", color=COLOURS[i], ms=4, lw=1.2, label=label)
     axes.axvline(0, color="0.6", lw=0.8)
     axes.set_yticks(range(len(rules)), rules, fontsize=8)
     axes.invert_yaxis()
-    axes.set_title(f"keep {keep:g}", fontsize=9)
+    axes.set_title(f"keep {keep:g} (random: {', '.join(random)})", fontsize=8)
     axes.tick_params(labelsize=8)
-    axes.legend(frameon=False, fontsize=7, title="narrow blocks", title_fontsize=7)
 
 
 def main() -> int:
@@ -53,6 +53,8 @@ def main() -> int:
     panels = figure.subplots(1, len(keeps), sharey=True, squeeze=False)[0]
     for axes, keep in zip(panels, keeps):
         draw(axes, rows, widths, keep)
+    how: dict[str, Any] = {"frameon": False, "fontsize": 8, "title": "narrow blocks", "title_fontsize": 8}
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", **how)
     figure.supxlabel(f"box mean IoU over random choice (dense {rows[0]['dense']:.1f})", fontsize=9)
     write_atomically(args.output, lambda path: figure.savefig(path, dpi=150, format="png"))
     print(args.output)
