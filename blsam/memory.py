@@ -29,20 +29,16 @@ def keep_memory() -> None:
         return
     tunables = ":".join(f"glibc.malloc.{name}={value}" for name, value in TUNABLES.items())
     try:
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, "GLIBC_TUNABLES": tunables, STARTED: "1"},
-        )
+        environment = {**os.environ, "GLIBC_TUNABLES": tunables, STARTED: "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
     except OSError:
         return  # where starting programs is forbidden, it is slower
 
 
 def can_choose() -> bool:
     """Whether this is a process of a new enough glibc that can be started again without anybody losing anything."""
-    if (
-        sys.platform != "linux" or not sys.executable or sys.gettrace() is not None
-    ):  # a debugger would forget its breaks
+    debugged = sys.gettrace() is not None  # it would forget its breakpoints
+    if sys.platform != "linux" or not sys.executable or debugged:
         return False
     name, version = platform.libc_ver()
     return name == "glibc" and tuple(map(int, version.split(".")[:2])) >= SINCE

@@ -81,6 +81,12 @@ def test_an_old_glibc_is_left_alone(found, started, monkeypatch):
     assert not started
 
 
+def test_a_debugger_keeps_its_process(started, monkeypatch):
+    monkeypatch.setattr(sys, "gettrace", lambda: lambda *_: None)
+    memory.keep_memory()
+    assert not started
+
+
 def test_where_nothing_may_be_started_it_goes_on(bare):
     def forbidden(*_):
         raise PermissionError

@@ -33,7 +33,7 @@ from blsam.config import CLASSIFIERS, ClassifierConfig
 from blsam.data.imagenet import EvaluationImages, EvaluationTransform, collate, open_images
 from blsam.distributed import CPU
 from blsam.evaluation.imagenet import count_correct
-from blsam.files import write_text
+from blsam.files import provenance, write_json, write_text
 from blsam.options import Parser, UsageError, exit_status
 from blsam.training.calibrate import default_limit
 from blsam.training.calibration import Calibration, Settings
@@ -272,7 +272,7 @@ def report(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         if "gmacs" in row:
             found[row["variant"]]["mmacs"] = mean(r["gmacs"] for r in rows if r["variant"] == row["variant"]) * 1e3
     if args.speeds is not None:
-        write_text(args.speeds, json.dumps({"teacher": teacher["top1"], "speeds": found}, indent=1) + "\n")
+        write_json(args.speeds, provenance() | {"teacher": teacher["top1"], "speeds": found})
     for name, table in TABLES.items():
         print(f"\n### {name}\n\n| | top-1 | seeds | MMACs | batch 1 | batch {BATCH} |\n|---|---|---|---|---|---|")
         if name == "main":
