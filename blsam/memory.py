@@ -1,7 +1,7 @@
 """Memory of a CPU's passes is kept for the next ones, in large pages.
 
 glibc gives large blocks back to the system when torch frees them and takes them anew for the next tensor, in pages of 4
-KB that the system fills with zeros one by one: hundreds of thousands of them in a pass of ViT-B, a tenth of its time. An
+KB that the system fills with zeros one by one: about a hundred thousand of them in a pass of ViT-B, a tenth of its time. An
 allocator is chosen when a process starts, so that the command starts itself again, once, with the choice in its
 environment. A program that embeds this package is left alone: docs/speed.md says what it can set.
 """

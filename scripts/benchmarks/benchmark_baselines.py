@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="OUT")
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
     check_output("--json", args.json, taken=(args.checkpoint, args.images), suffixes=(".json",))
     config = CLASSIFIERS[args.model]
     x = chosen_images(config, args.images)

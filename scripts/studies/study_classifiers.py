@@ -34,7 +34,7 @@ from blsam.data.imagenet import EvaluationImages, EvaluationTransform, collate, 
 from blsam.distributed import CPU
 from blsam.evaluation.imagenet import count_correct
 from blsam.files import provenance, write_json, write_text
-from blsam.options import Parser, UsageError, exit_status
+from blsam.options import Parser, UsageError, check_output, exit_status
 from blsam.training.calibrate import default_limit
 from blsam.training.calibration import Calibration, Settings
 from blsam.training.imagenet import train
@@ -126,6 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
+    check_output("--speeds", args.speeds, taken=(args.results,), suffixes=(".json",))
     rows = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.is_file() else []
     length = {"steps": args.steps, "teacher_epochs": args.teacher_epochs, "precision": args.precision}
     if other := [row for row in rows if {name: row[name] for name in length} != length]:

@@ -9,6 +9,7 @@ from blsam.build_classifier import build_classifier
 from blsam.checkpoint import save
 from blsam.config import CLASSIFIERS
 from blsam.evaluation.imagenet import counted_macs
+from blsam.options import UsageError
 from scripts.benchmarks import benchmark_baselines
 from scripts.benchmarks.benchmark_baselines import SETTINGS, at_setting
 from tests.helpers import images, randomize
@@ -31,6 +32,11 @@ def test_a_lower_setting_computes_less(name, teacher):
     counted = [counted_macs(at_setting(MINI, teacher, name, keep, x), x[:4]) for keep in SETTINGS[name]]
     whole = counted_macs(build_classifier(MINI), x[:1])
     assert counted[2] < 0.95 * counted[1] < 0.95**2 * counted[0] < 0.95**2 * whole, (counted, whole)
+
+
+def test_settings_are_checked_before_work():
+    with pytest.raises(UsageError, match="--rounds is at least 1"):
+        benchmark_baselines.main(["--rounds", "0"])
 
 
 def test_the_table_has_every_setting(tmp_path, monkeypatch, capsys):
