@@ -153,7 +153,8 @@ Rule = EViTRule | EvoViTRule | SparseRule
 class EncoderConfig(LayersConfig):
     """An image encoder. With no `predictor_layers` it is SAM's own (exact), otherwise big.LITTLE.
 
-    `e_global_heads`: heads of the narrow attention over the whole image, None: `e_heads`. `grow`: cells of the
+    `e_global_heads`: heads of the narrow attention over the whole image, None: `e_heads`. `e_pool`: side of the cells of
+    tokens whose means are its keys and values (ours; 1: every token is one, as in the paper). `grow`: cells of the
     embedding along a token's side, 1 as in SAM, 2 or 4 (ours: at half the input size a student answers on the grid of
     its teacher). `rule`: another method that reduces the tokens of an exact encoder.
     """
@@ -161,6 +162,7 @@ class EncoderConfig(LayersConfig):
     global_layers: tuple[int, ...]
     window: int
     e_global_heads: int | None = None
+    e_pool: int = 1
     grow: int = 1
     rule: Rule | None = None
 
@@ -168,6 +170,8 @@ class EncoderConfig(LayersConfig):
         super().__post_init__()
         if self.grow not in (1, 2, 4):
             raise ValueError(f"grow must be 1, 2 or 4, is {self.grow!r}")
+        if self.e_pool < 1:
+            raise ValueError(f"e_pool must be 1 or more, is {self.e_pool!r}")
         if self.rule is not None and self.routed:
             raise ValueError(f"a rule is for a dense encoder, {self.name} is routed")
 
@@ -195,7 +199,7 @@ class EncoderConfig(LayersConfig):
             return replace(self, name=self.name.removeprefix(self.name.rpartition("vit_")[0]), rule=None)
         if not self.routed:
             return self
-        return replace(self, name=self.name.removeprefix("blsam_"), e_global_heads=None, **PLAIN)
+        return replace(self, name=self.name.removeprefix("blsam_"), e_global_heads=None, e_pool=1, **PLAIN)
 
 
 @dataclass(frozen=True, kw_only=True)

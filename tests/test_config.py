@@ -53,6 +53,7 @@ def test_impossible_rows_are_refused():
         {"e_layers": (0,)},
         {"fuse": "never"},
         {"grow": 3},
+        {"e_pool": 0},
         {"predictor_layers": (3, 0)},
     ):
         with pytest.raises(ValueError):

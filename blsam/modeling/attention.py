@@ -12,8 +12,6 @@ has wrapped, hooked or quantised is called as SAM calls it, on the grid with its
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention as _Attention
@@ -29,7 +27,8 @@ class Attention(_Attention):
     """Multi-head attention over windows of `window` tokens a side (0: over the whole grid).
 
     dim is the width of the tokens, inner that of queries, keys and values (SAM: the same). `semi_cross=False` takes keys
-    and values from the query tokens alone. Attributes: `window`, which may be changed (the tables of positions are
+    and values from the query tokens alone. `pool`: over the whole grid, the means of cells of pool x pool tokens answer
+    instead of each, positions included (ours). Attributes: `window`, which may be changed (the tables of positions are
     resampled, as SAM does); `form`, a name of `product.FORMS` to force, None: what is fastest. Called by hand, it is
     SAM's on windows of `window` tokens a side: it cuts larger grids itself.
     """
@@ -38,10 +37,25 @@ class Attention(_Attention):
     offsets_w: torch.Tensor
 
     def __init__(
-        self, dim: int, inner: int, num_heads: int, window: int, grid: tuple[int, int], semi_cross: bool = True
+        self,
+        dim: int,
+        inner: int,
+        num_heads: int,
+        window: int,
+        grid: tuple[int, int],
+        semi_cross: bool = True,
+        pool: int = 1,
     ) -> None:
         nn.Module.__init__(self)  # SAM's own would make layers of one width
-        self.num_heads, self.inner, self.window, self.semi_cross = num_heads, inner, window, semi_cross
+        if pool > 1 and (window or not semi_cross):
+            raise ValueError("cells of tokens answer over the whole grid alone, and where all tokens do")
+        self.num_heads, self.inner, self.window, self.semi_cross, self.pool = (
+            num_heads,
+            inner,
+            window,
+            semi_cross,
+            pool,
+        )
         self.form: str | None = None
         self.scale, self.use_rel_pos = (inner // num_heads) ** -0.5, True  # as SAM's says
         self.qkv = nn.Linear(dim, 3 * inner)
@@ -55,6 +69,8 @@ class Attention(_Attention):
     def forward(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
         """x [B, H, W, dim], normalised -> the same shape, or [P, dim] with a row for each of P queries."""
         q, kv = self._projections(x, queries)
+        if self.pool > 1:
+            kv = cell_means(kv, self.pool)
         return self.proj(self._all(q, kv) if queries is None else self._chosen(q, kv, queries, x.shape[:3]))
 
     @property
@@ -89,7 +105,7 @@ class Attention(_Attention):
     def _all(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Every token asks, region by region of equal windows: q [B, H, W, inner] -> the same shape."""
         product, pieces, places = self._product(q, q.shape), [], regions(q.shape[1], q.shape[2], self.window)
-        down, across = self._tables(product, q.dtype)
+        down, across = self._tables(self._reach(q.shape), product.scale, q.dtype)
         for region in places:
             h, w = region.shape
             q_here = self._by_head(region.windows(q), 1)[0]
@@ -106,7 +122,7 @@ class Attention(_Attention):
         if self.semi_cross:
             for region in regions(grid[1], grid[2], self.window):
                 keys.append(product.keys(self._answers(kv, region, product.size)))
-        down, across = self._tables(product if self.semi_cross else Plain(product.size, product.d), q.dtype)
+        down, across = self._tables(self._reach(grid), product.scale if self.semi_cross else 1.0, q.dtype)
         sizes = [group.num_windows * group.count for group in queries.groups]
         lists = [one.split(sizes) for one in (q, queries.y, queries.x)]
         out = [q.new_empty(0, self.inner)]
@@ -132,10 +148,14 @@ class Attention(_Attention):
 
     def _product(self, q: torch.Tensor, grid: torch.Size) -> Plain:
         """The form of the product for these projections."""
-        size = (self.window, self.window) if self.window else (grid[1], grid[2])
+        height, width = (-(-side // self.pool) for side in self._reach(grid))
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, self.rel_pos_h, self.rel_pos_w))
-        form = self.form or choose_form(q.dtype, q.device, gradient, math.prod(size))
-        return FORMS[form](size, self.inner // self.num_heads)
+        form = self.form or choose_form(q.dtype, q.device, gradient, height * width)
+        return FORMS[form]((height, width), self.inner // self.num_heads)
+
+    def _reach(self, grid: torch.Size) -> tuple[int, int]:
+        """Rows and columns of tokens that a query meets."""
+        return (self.window, self.window) if self.window else (grid[1], grid[2])
 
     def _by_head(self, windows: torch.Tensor, parts: int) -> torch.Tensor:
         """Projections of windows, a view: [down, across, B, h, w, parts*inner] -> [parts, ..., B, heads, h, w, d]."""
@@ -158,18 +178,30 @@ class Attention(_Attention):
             kv = torch.cat([kv, bias.expand(*kv.shape[:-3], size[0] - h, size[1], d)], dim=-3)
         return kv
 
-    def _tables(self, product: Plain, dtype: torch.dtype) -> list[torch.Tensor]:
-        """What a query at each place of an axis meets at each place of a key, scaled for the product: 2 x [size, size, d].
+    def _tables(self, reach: tuple[int, int], scale: float, dtype: torch.dtype) -> list[torch.Tensor]:
+        """What a query at each place of an axis meets at each place of a key, times `scale`: 2 x [size, keys, d].
 
         Of other sizes than the tables are made for, they are resampled, as in SAM.
         """
         found = []
         pairs = ((self.rel_pos_h, self.offsets_h), (self.rel_pos_w, self.offsets_w))
-        for (table, rows), size in zip(pairs, product.size):
+        for (table, rows), size in zip(pairs, reach):
             rows = rows if len(rows) == size else offsets(size).to(rows.device)
             # F.embedding is table[rows], on a CPU several times faster
-            found.append(F.embedding(rows, (resampled(table, 2 * size - 1) * product.scale).to(dtype)))
+            met = F.embedding(rows, (resampled(table, 2 * size - 1) * scale).to(dtype))
+            if self.pool > 1:  # a mean of tokens meets the mean of what they would meet
+                met = F.avg_pool1d(met.mT, self.pool, ceil_mode=True, count_include_pad=False).mT  # along the keys
+            found.append(met)
         return found
+
+
+def cell_means(grid: torch.Tensor, side: int) -> torch.Tensor:
+    """Means over cells of side x side tokens, those at the right and bottom edge maybe smaller: [B, H, W, C] -> [B,
+    ceil(H / side), ceil(W / side), C]."""
+    whole = grid.shape[1] % side == grid.shape[2] % side == 0
+    # [B, H, W, C] -> [B, C, H, W], a view, and back
+    means = F.avg_pool2d(grid.movedim(3, 1), side, ceil_mode=not whole, count_include_pad=False)
+    return means.movedim(1, 3)
 
 
 # --- relative positions ----------------------------------------------------------------------------------------------

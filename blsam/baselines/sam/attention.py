@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ...modeling.attention import Attention, rel_pos
 from ...modeling.layers import is_plain
-from ...modeling.product import BLOCK, Plain, one_hot_positions
+from ...modeling.product import BLOCK, one_hot_positions
 from ...modeling.windows import num_windows, window_shapes
 from ..base import Projected, project
 
@@ -102,7 +102,7 @@ def with_positions(attn: Attention, projected: Projected, places: Places) -> tup
     size = (attn.window, attn.window) if attn.window else places.grid
     y, x = places.coordinates(attn.window)
     placed = (y >= 0)[:, None, :, None]  # [B, 1, m, 1]
-    down, across = attn._tables(Plain(size, q.shape[-1]), q.dtype)
+    down, across = attn._tables(size, 1.0, q.dtype)
     rel = torch.cat([rel_pos(q, down, y.clamp(min=0)), rel_pos(q, across, x.clamp(min=0))], dim=-1)
     asked = torch.cat([q * q.shape[-1] ** -0.5, rel * placed], dim=-1)
     ones = one_hot_positions(size, sum(size), k)[y.clamp(min=0), x.clamp(min=0)]  # [B, m, h + w]

@@ -25,7 +25,7 @@ from ...config import SparseRule
 from ...modeling.attention import Attention, grid_rel_pos
 from ...modeling.blocks import Block
 from ...modeling.layers import is_plain
-from ...modeling.product import BLOCK, Plain, one_hot_positions
+from ...modeling.product import BLOCK, one_hot_positions
 from ...modeling.routing import Stage
 from ..base import gather
 from .attention import logits, product
@@ -152,7 +152,7 @@ def few_answer(
     Queries beyond them see their own block of keys too, or (wide) those among them see all keys.
     """
     size, d = (q.shape[2], q.shape[3]), q.shape[4]
-    down, across = attn._tables(Plain(size, d), q.dtype)
+    down, across = attn._tables(size, 1.0, q.dtype)
     asked = torch.cat([q * d**-0.5, *grid_rel_pos(q, down, across)], dim=-1)
     answers = torch.cat([k, one_hot_positions(size, sum(size), k).expand(*k.shape[:4], -1)], dim=-1)
     asked, answers, v = (ordered(one.flatten(2, 3), order) for one in (asked, answers, v))
