@@ -192,6 +192,10 @@ class EncoderConfig(LayersConfig):
     def e_heads_of(self, layer: int) -> int:
         return self.e_global_heads or self.e_heads if self.is_global(layer) else self.e_heads
 
+    def e_pool_of(self, layer: int) -> int:
+        """Side of the cells of tokens whose means answer the narrow attention of a layer."""
+        return self.e_pool if self.is_global(layer) else 1
+
     @property
     def dense(self) -> EncoderConfig:
         """The exact model whose checkpoints this one is warm-started from (itself, for an exact model)."""

@@ -12,6 +12,8 @@ has wrapped, hooked or quantised is called as SAM calls it, on the grid with its
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling.image_encoder import Attention as _Attention
@@ -20,7 +22,7 @@ from torch import nn
 from .layers import input_dtype, is_plain
 from .product import FORMS, Keys, Plain, choose_form
 from .routing import Queries
-from .windows import Region, merge, regions
+from .windows import Region, merge, num_windows, regions
 
 
 class Attention(_Attention):
@@ -49,13 +51,8 @@ class Attention(_Attention):
         nn.Module.__init__(self)  # SAM's own would make layers of one width
         if pool > 1 and (window or not semi_cross):
             raise ValueError("cells of tokens answer over the whole grid alone, and where all tokens do")
-        self.num_heads, self.inner, self.window, self.semi_cross, self.pool = (
-            num_heads,
-            inner,
-            window,
-            semi_cross,
-            pool,
-        )
+        self.num_heads, self.inner, self.window, self.semi_cross = num_heads, inner, window, semi_cross
+        self.pool = pool
         self.form: str | None = None
         self.scale, self.use_rel_pos = (inner // num_heads) ** -0.5, True  # as SAM's says
         self.qkv = nn.Linear(dim, 3 * inner)
@@ -148,10 +145,10 @@ class Attention(_Attention):
 
     def _product(self, q: torch.Tensor, grid: torch.Size) -> Plain:
         """The form of the product for these projections."""
-        height, width = (-(-side // self.pool) for side in self._reach(grid))
+        size = num_windows(*self._reach(grid), self.pool)  # of the keys' grid
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, self.rel_pos_h, self.rel_pos_w))
-        form = self.form or choose_form(q.dtype, q.device, gradient, height * width)
-        return FORMS[form]((height, width), self.inner // self.num_heads)
+        form = self.form or choose_form(q.dtype, q.device, gradient, math.prod(size))
+        return FORMS[form](size, self.inner // self.num_heads)
 
     def _reach(self, grid: torch.Size) -> tuple[int, int]:
         """Rows and columns of tokens that a query meets."""
@@ -190,7 +187,7 @@ class Attention(_Attention):
             # F.embedding is table[rows], on a CPU several times faster
             met = F.embedding(rows, (resampled(table, 2 * size - 1) * scale).to(dtype))
             if self.pool > 1:  # a mean of tokens meets the mean of what they would meet
-                met = F.avg_pool1d(met.mT, self.pool, ceil_mode=True, count_include_pad=False).mT  # along the keys
+                met = cell_means(met[:, :, None], self.pool)[:, :, 0]  # along the keys
             found.append(met)
         return found
 
@@ -198,10 +195,11 @@ class Attention(_Attention):
 def cell_means(grid: torch.Tensor, side: int) -> torch.Tensor:
     """Means over cells of side x side tokens, those at the right and bottom edge maybe smaller: [B, H, W, C] -> [B,
     ceil(H / side), ceil(W / side), C]."""
-    whole = grid.shape[1] % side == grid.shape[2] % side == 0
-    # [B, H, W, C] -> [B, C, H, W], a view, and back
-    means = F.avg_pool2d(grid.movedim(3, 1), side, ceil_mode=not whole, count_include_pad=False)
-    return means.movedim(1, 3)
+    down, across = grid.shape[1:3]
+    real = torch.ones(1, 1, down, across, device=grid.device)
+    # with zeros and then by what share is real: `ceil_mode` comes out otherwise in an ONNX graph
+    grid, real = (F.pad(t, (0, -across % side, 0, -down % side)) for t in (grid.movedim(3, 1), real))  # [B, C, H, W]
+    return (F.avg_pool2d(grid, side) / F.avg_pool2d(real, side)).to(grid.dtype).movedim(1, 3)
 
 
 # --- relative positions ----------------------------------------------------------------------------------------------

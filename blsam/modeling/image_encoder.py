@@ -60,8 +60,8 @@ def build_block(config: EncoderConfig, layer: int, grid: tuple[int, int]) -> Blo
         return Block(config.dim, attn)
     e_block = None
     if config.has_e_block(layer):
-        pool = config.e_pool if config.is_global(layer) else 1
-        narrow = Attention(config.dim, config.e_dim, config.e_heads_of(layer), window, grid, pool=pool)
+        heads, pool = config.e_heads_of(layer), config.e_pool_of(layer)
+        narrow = Attention(config.dim, config.e_dim, heads, window, grid, pool=pool)
         e_block = EBlock(config.dim, config.e_dim, narrow)
     return RoutedBlock(config.dim, attn, e_block, once=config.fuse == "block", gamma=config.gamma)
 

@@ -39,8 +39,7 @@ def encoder_macs(
         total += queries * 8 * dim * dim
         if config.has_e_block(layer):
             e = config.e_dim
-            pool = config.e_pool if config.is_global(layer) else 1
-            met = (-(-reach[0] // pool), -(-reach[1] // pool))  # rows and columns of keys
+            met = win.num_windows(*reach, config.e_pool_of(layer))  # rows and columns of keys
             total += attention_macs(tokens, tokens, met, dim, e) + tokens * (2 * dim * e + 8 * e * e)
         if layer in config.predictor_layers:
             total += tokens * dim * 2

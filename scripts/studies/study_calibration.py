@@ -4,7 +4,8 @@
         --test-images OTHERS --annotations instances_val2017.json --annotation-images val2017 --output routing.jsonl
     python -m scripts.studies.study_calibration photos   ... --output photos.jsonl     (4, 16, 64, 256 of them)
     python -m scripts.studies.study_calibration steps    ... --output steps.jsonl      (0 is the closed form alone)
-    python -m scripts.studies.study_calibration heads    ... --output heads.jsonl      (narrow heads, cells of keys)
+    python -m scripts.studies.study_calibration heads    ... --output heads.jsonl      (narrow ones over the image)
+    python -m scripts.studies.study_calibration cells    ... --output cells.jsonl      (of tokens, as keys of all heads)
     python -m scripts.studies.study_calibration kinds    ... --kind streets=DIR --kind faces=DIR --output kinds.jsonl
 
 routing: zero and fitted E-branches, each routed at random, by token norm and by the fitted predictors. --test-images: 32
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,22 +39,14 @@ from blsam.training.calibrate import calibrate, choose_photos, prepare
 from blsam.training.calibration import KEEP_RATIOS, Settings
 from blsam.training.losses import cosine_loss
 
-PHOTOS, STEPS = (4, 16, 64, 256), (0, 25, 100)
-HEADS = (
-    (1, 1),
-    (2, 1),
-    (3, 1),
-    (1, 2),
-    (3, 2),
-    (3, 4),
-)  # narrow ones over the image, tokens along a cell of their keys
+PHOTOS, STEPS, HEADS, CELLS = (4, 16, 64, 256), (0, 25, 100), (2, 3), (1, 2, 4)
 TEST_PHOTOS = 32
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("study", choices=("routing", "photos", "steps", "heads", "kinds"))
+    add("study", choices=("routing", "photos", "steps", "heads", "cells", "kinds"))
     add_option(parser, "--model", choices=ROUTED)
     add("--checkpoint", type=Path, required=True, help="of the dense model")
     add("--images", type=Path, metavar="DIR", help="photos to calibrate on (not for kinds)")
@@ -154,14 +147,8 @@ def _boxes(sam: Sam, annotations: Annotations, keep_ratio: float) -> tuple[np.nd
 
 
 def variants(args: argparse.Namespace) -> list[Any]:
-    fixed = {"photos": PHOTOS, "steps": STEPS, "heads": HEADS, "routing": ("all",)}
+    fixed = {"photos": PHOTOS, "steps": STEPS, "heads": HEADS, "cells": CELLS, "routing": ("all",)}
     return args.kind if args.study == "kinds" else list(fixed[args.study])
-
-
-NAMES: dict[str, Callable[[Any], Any]] = {  # of variants that are not named by their value
-    "kinds": lambda value: value[0],
-    "heads": lambda value: f"{value[0]} of {value[1]} x {value[1]}",
-}
 
 
 def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[str, Any]]:
@@ -173,7 +160,9 @@ def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[s
     elif args.study == "steps":
         settings = replace(settings, steps=value, stage_steps=2 * value)
     elif args.study == "heads":
-        config = replace(config, e_global_heads=value[0], e_pool=value[1])
+        config = replace(config, e_global_heads=value)
+    elif args.study == "cells":
+        config = replace(config, e_global_heads=config.e_heads, e_pool=value)
     elif args.study == "kinds":
         folder = value[1]
     sam, took = fitted(args, config, choose_photos(folder, count, args.seed), settings)
@@ -193,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     meter = Meter(args)
     with args.output.open("a") as file:
         for value in tqdm(variants(args), unit="variant", disable=not sys.stderr.isatty()):
-            name = NAMES.get(args.study, lambda value: value)(value)
+            name = value[0] if args.study == "kinds" else value
             of = ", ".join(map(str, (args.study, name, args.model, meter.weights[:8], args.limit, args.seed)))
             if of in done:
                 continue

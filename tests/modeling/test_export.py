@@ -1,6 +1,7 @@
 """Encoders as graphs for other runtimes: any batch, the same values, nothing that runtimes run badly."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from blsam.config import CONFIGS
 from blsam.modeling.image_encoder import ImageEncoder
 from tests.helpers import TINY, TINY_EXACT, gap, images, tiny
 
+POOLED = replace(TINY, name="tiny_pooled", e_pool=3)  # on 10 x 10 tokens, so that cells are cut at the edge
 SIZES = torch.tensor([[120, 160], [160, 100], [90, 50]])
 WRITES = ("scatter", "index_put", "index_copy", "copy_", "masked_fill_", "add_.", "sort.")
 
@@ -67,7 +69,7 @@ def test_extents_as_integers_are_constants_of_a_graph():
 
 @pytest.mark.e2e
 @pytest.mark.parametrize("dynamo", [True, False], ids=["torch.export", "torch.jit"])
-@pytest.mark.parametrize("config", [TINY_EXACT, TINY], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [TINY_EXACT, TINY, POOLED], ids=lambda config: config.name)
 def test_onnx_gives_the_same_values(config, dynamo, tmp_path):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     encoder, path = tiny(config), tmp_path / "encoder.onnx"

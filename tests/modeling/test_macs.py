@@ -40,7 +40,9 @@ def test_analytic_equals_counted(name, keep):
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"semi_cross": False}, {"fuse": "block"}, {"e_block": False}, {"grow": 2}], ids=str
+    "change",
+    [{}, {"semi_cross": False}, {"fuse": "block"}, {"e_block": False}, {"grow": 2}, {"e_pool": 2}, {"e_pool": 3}],
+    ids=str,
 )
 def test_analytic_equals_counted_with_padding_and_ablations(change):
     config = replace(TINY, **change)
