@@ -71,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("objective").add_argument
     add("--distill-weight", type=float, help="weight of L_fd (the paper's best; used with a teacher)")
     add("--distill-loss", choices=sorted(DISTILLATION_LOSSES))
+    add("--answers", type=int, metavar="N", help="with --stage encoder: learn the teacher's masks and scores for N prompts"
+        " an image as well; slower, but masks are what is asked for")  # fmt: skip
     add("--mask-loss", choices=sorted(MASK_LOSSES), help="balanced: better for small models and data")
     add("--clicks", type=int, metavar="N", help="0 to N corrective clicks after the first prompt")
 
@@ -148,8 +150,9 @@ def check_numbers(args: argparse.Namespace) -> None:
     for name in ("steps", "epochs", "minutes", "lr", "max_objects", "validate_every", "save_every", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
-    if not 0 < args.fraction <= 1 or not 0 <= args.holdout < 1 or args.clicks < 0 or args.workers < 0:
-        raise UsageError("--fraction lies in (0, 1], --holdout in [0, 1); --clicks and --workers are not negative")
+    if not 0 < args.fraction <= 1 or not 0 <= args.holdout < 1 or min(args.clicks, args.answers, args.workers) < 0:
+        text = "--fraction lies in (0, 1], --holdout in [0, 1); --clicks, --answers and --workers are not negative"
+        raise UsageError(text)
 
 
 def check_together(args: argparse.Namespace) -> None:
@@ -161,6 +164,8 @@ def check_together(args: argparse.Namespace) -> None:
     taught = args.teacher is not None or args.cache is not None
     if args.stage == "encoder" and not taught:
         raise UsageError("--stage encoder learns from a --teacher or a --cache")
+    if args.answers and args.stage != "encoder":
+        raise UsageError("--answers are those of the teacher's decoder, which only --stage encoder keeps")
     if args.stage == "encoder" and args.train == "decoder":
         raise UsageError("--stage encoder and --train decoder leave nothing to train")
     if args.train == "decoder" and taught:

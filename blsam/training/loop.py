@@ -209,7 +209,12 @@ def set_up(settings: TrainSettings, world: World) -> Run:
 
     sam, teacher = build_models(settings, cache)
     objective = Objective(
-        settings.mask_loss, settings.distill_loss, settings.distill_weight, settings.clicks, settings.supervised
+        settings.mask_loss,
+        settings.distill_loss,
+        settings.distill_weight,
+        settings.clicks,
+        settings.supervised,
+        settings.answers,
     )
     model = prepare(
         TrainedSam(sam, objective),

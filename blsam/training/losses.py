@@ -1,4 +1,5 @@
-"""The training loss: SAM's for masks and their predicted IoU, and feature distillation (design: L_sup + 2.5 L_fd)."""
+"""The training loss: SAM's for masks and their predicted IoU, and distillation of the embedding and of the answers to
+prompts (design: L_sup + 2.5 L_fd)."""
 
 from __future__ import annotations
 
@@ -69,6 +70,21 @@ def supervised_loss(
     with torch.no_grad():
         true_iou = mask_iou(logits, target)
     return (best + F.mse_loss(scores, true_iou, reduction="none").mean(1)).mean()
+
+
+def answer_loss(
+    logits: torch.Tensor, scores: torch.Tensor, goal_logits: torch.Tensor, goal_scores: torch.Tensor
+) -> torch.Tensor:
+    """How far answers to P prompts are from a teacher's, a mean over prompts and mask tokens (after EdgeSAM, arXiv
+    2312.06660, which learns the masks alone; the scores are ours, since they choose the mask).
+
+    logits [P, M, h, w] and scores [P, M] of both. Dice to the teacher's mask, cross-entropy to its probabilities, and
+    the squared error of the predicted IoU.
+    """
+    logits, goal_logits = logits.float(), goal_logits.float()
+    entropy = F.binary_cross_entropy_with_logits(logits, goal_logits.sigmoid(), reduction="none").mean((-2, -1))
+    apart = dice_loss(logits, (goal_logits > 0).float()) + entropy
+    return apart.mean() + F.mse_loss(scores.float(), goal_scores.float())
 
 
 def cosine_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:

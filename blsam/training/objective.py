@@ -1,4 +1,5 @@
-"""What a training step minimises: L_sup over prompts in the loop, plus L_fd to a teacher's embedding.
+"""What a training step minimises: L_sup over prompts in the loop, plus L_fd to a teacher's embedding, plus the distance
+to its answers to prompts.
 
 One module around the `Sam`, whose forward is all that DDP and FSDP need to see. Every term is a mean over images, so
 that a batch cut into passes and processes gives the gradient of the whole; every draw depends on the view's key alone.
@@ -15,11 +16,12 @@ from torch import nn
 
 from ..data.views import Sample
 from ..distributed import Stopwatch
+from ..modeling.mask_decoder import decode_photo
 from ..modeling.routing import Routing
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
-from .losses import DISTILLATION_LOSSES, cosine_loss, mask_iou, relative_mse_loss, supervised_loss
-from .prompts import corrective_clicks, first_clicks, noisy_boxes
+from .losses import DISTILLATION_LOSSES, answer_loss, cosine_loss, mask_iou, relative_mse_loss, supervised_loss
+from .prompts import boxes_of, corrective_clicks, first_clicks, noisy_boxes, random_clicks
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
 Objects = tuple[torch.Tensor, torch.Tensor]
@@ -78,13 +80,15 @@ def _on_grid_of(sam: Sam, target: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """Which terms there are and how they weigh; `clicks`: at most so many corrective ones after the first prompt."""
+    """Which terms there are and how they weigh; `clicks`: at most so many corrective ones after the first prompt;
+    `answers`: prompts an image whose answers are the teacher's, by a decoder that both share."""
 
     mask_loss: str = "sam"
     distill_loss: str = "cosine"
     distill_weight: float = 2.5
     clicks: int = 1
     supervised: bool = True
+    answers: int = 0
 
 
 @dataclass
@@ -140,7 +144,10 @@ class TrainedSam(nn.Module):
         if batch.target is not None:
             loss = DISTILLATION_LOSSES[self.objective.distill_loss]
             terms["fd"] = loss(embeddings, batch.target, _real(batch, embeddings))
-        per_image = terms.get("sup", 0) + self.objective.distill_weight * terms.get("fd", 0)
+            if self.objective.answers:
+                with watch("decoder"):
+                    terms["answers"] = self._answered(batch, embeddings)
+        per_image = terms.get("sup", 0) + self.objective.distill_weight * terms.get("fd", 0) + terms.get("answers", 0)
         good = batch.weights.sum().clamp(min=1)
         means = {name: (values.detach() * batch.weights).sum() / good for name, values in terms.items()}
         return Losses((per_image * batch.weights).mean(), means, routing)
@@ -189,6 +196,33 @@ class TrainedSam(nn.Module):
             asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
             losses.append(supervised_loss(logits, scores, masks, asked, kind))
         return torch.stack(losses).mean(), first_iou
+
+    def _answered(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
+        """Distance to the teacher's answers, [B]: to clicks anywhere in the image, or to boxes around what it answers to
+        them, with three masks or the single one. No object is needed."""
+        assert batch.target is not None
+        cell, found = self.sam.image_encoder.img_size // embeddings.shape[-1], []
+        for embedding, target, real, key in zip(embeddings, batch.target, _real(batch, embeddings), batch.keys):
+            rng = torch.Generator().manual_seed(key)
+            places, _ = random_clicks(real.expand(self.objective.answers, -1, -1), rng, cell)
+            points: Clicks | None = (places, torch.ones_like(places[..., 0]))
+            given, three = None, True
+            with torch.no_grad():
+                logits, scores = self._answers(target[None], points, given, three)
+                if torch.rand((), generator=rng) < 0.5:
+                    best = logits[torch.arange(len(logits)), scores.argmax(1)]
+                    points, given = None, boxes_of(best > 0, self._pixels(best))
+                    three = bool(torch.rand((), generator=rng) < 0.5)
+                    logits, scores = self._answers(target[None], points, given, three)
+            found.append(answer_loss(*self._answers(embedding[None], points, given, three), logits, scores))
+        return torch.stack(found)
+
+    def _answers(
+        self, embedding: torch.Tensor, points: Clicks | None, boxes: torch.Tensor | None, three: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [P, M, 4 h, 4 w] and scores [P, M] for P prompts on [1, 256, h, w], M 3 or 1."""
+        sparse, dense, positions = encode_prompts(self.sam, points, boxes)
+        return decode_photo(self.sam.mask_decoder, embedding, positions, sparse, dense, three)
 
     def _pixels(self, masks: torch.Tensor) -> int:
         """Of the frame along a pixel of the decoder's masks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torchvision.ops import masks_to_boxes
 
 from ..data.views import LOW_RES
 
@@ -18,6 +19,14 @@ def noisy_boxes(boxes: torch.Tensor, image_size: int, generator: torch.Generator
     # noise must not turn a thin box inside out
     first, second = torch.minimum(moved[:, :2], moved[:, 2:]), torch.maximum(moved[:, :2], moved[:, 2:])
     return torch.cat([first, second], dim=1)
+
+
+def boxes_of(masks: torch.Tensor, pixels: int) -> torch.Tensor:
+    """The box x1 y1 x2 y2 around each mask [P, h, w] bool whose cells have so many pixels a side: [P, 4] in pixels. Of an
+    empty mask the whole image."""
+    boxes = masks_to_boxes(masks | ~masks.any((1, 2), keepdim=True))
+    boxes[:, 2:] += 1  # they name the last cell
+    return boxes * pixels
 
 
 def random_clicks(region: torch.Tensor, generator: torch.Generator, pixels: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -77,6 +77,7 @@ class TrainSettings(RunSettings):
     distill_loss: str = "cosine"
     mask_loss: str = "sam"
     clicks: int = 1
+    answers: int = 0
     max_objects: int = 8
     strategy: str = "ddp"
     checkpointing: bool = False

@@ -62,7 +62,8 @@ def test_a_student_with_a_finer_embedding(settings, tmp_path):
     with pytest.raises(ValueError, match="--teacher-size must be 2 times --image-size"):
         train(fine)
     fine = replace(fine, teacher_size=256)
-    path = train(replace(fine, stage="encoder", distill_loss="mse"))
+    path = train(replace(fine, stage="encoder", distill_loss="mse", answers=2))
+    assert column(settings.output, "answers")[0] > 0
     assert column(settings.output, "val_error")[0] < 1 and column(settings.output, "val_box")[0] > 0.2
     sam = sam_model_registry["vit_t_fine"](path)
     assert sam.image_encoder.img_size == 128 and sam.prompt_encoder.mask_input_size == (64, 64)

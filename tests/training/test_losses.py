@@ -1,9 +1,18 @@
 """Losses by hand."""
 
+import math
+
 import pytest
 import torch
 
-from blsam.training.losses import balanced_mask_loss, cosine_loss, mask_iou, relative_mse_loss, sam_mask_loss
+from blsam.training.losses import (
+    answer_loss,
+    balanced_mask_loss,
+    cosine_loss,
+    mask_iou,
+    relative_mse_loss,
+    sam_mask_loss,
+)
 
 
 def test_losses_on_a_hand_computed_case():
@@ -31,3 +40,18 @@ def test_distillation_losses_on_a_hand_computed_case():
     real = torch.tensor([True, True, False]).view(1, 1, 3)
     found = relative_mse_loss(student.view(1, 1, 1, 3), teacher.view(1, 1, 1, 3), real)
     assert found.tolist() == pytest.approx([(1 + 9) / (4 + 4)])
+
+
+def test_answers_on_a_hand_computed_case():
+    # two masks of two pixels, each with one: the student gives the first as the teacher does, and the second inverted
+    goal = torch.tensor([[50.0, -50], [50, -50]]).view(1, 2, 1, 2)
+    logits = goal * torch.tensor([1.0, -1]).view(1, 2, 1, 1)
+    scores, goal_scores = torch.tensor([[0.9, 0.5]]), torch.tensor([[0.7, 0.5]])
+    wrong = 50 + (1 - 1 / 3)  # entropy of each pixel; dice, smoothed by a pixel
+    assert answer_loss(logits, scores, goal, goal_scores).item() == pytest.approx(wrong / 2 + 0.2**2 / 2, rel=1e-5)
+    # a teacher that is not sure wants its own probability: 3 to 1 for a pixel of one
+    unsure = torch.full((1, 1, 1, 1), math.log(3))
+    given = [
+        answer_loss(x.view(1, 1, 1, 1), scores[:, :1], unsure, scores[:, :1]) for x in torch.tensor([0.5, 1.1, 9])
+    ]
+    assert given[1] < min(given[0], given[2]), given
