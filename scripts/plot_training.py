@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from blsam.files import write_atomically
 from blsam.options import Parser, check_output, exit_status
 
-LOSSES = {"sup": "masks", "fd": "distillation"}
+LOSSES = {"sup": "masks", "fd": "distillation", "answers": "the teacher's answers"}
 MEASURED = {
     "val_box": "box mean IoU",
     "val_click": "one click, mean IoU",

@@ -151,8 +151,9 @@ def check_numbers(args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0")
     if not 0 < args.fraction <= 1 or not 0 <= args.holdout < 1 or min(args.clicks, args.answers, args.workers) < 0:
-        text = "--fraction lies in (0, 1], --holdout in [0, 1); --clicks, --answers and --workers are not negative"
-        raise UsageError(text)
+        raise UsageError(
+            "--fraction lies in (0, 1], --holdout in [0, 1); --clicks, --answers and --workers are not negative"
+        )
 
 
 def check_together(args: argparse.Namespace) -> None:

@@ -79,7 +79,7 @@ def answer_loss(
     2312.06660, which learns the masks alone; the scores are ours, since they choose the mask).
 
     logits [P, M, h, w] and scores [P, M] of both. Dice to the teacher's mask, cross-entropy to its probabilities, and
-    the squared error of the predicted IoU.
+    the squared error of the predicted IoU. It weighs 1 beside the others.
     """
     logits, goal_logits = logits.float(), goal_logits.float()
     entropy = F.binary_cross_entropy_with_logits(logits, goal_logits.sigmoid(), reduction="none").mean((-2, -1))

@@ -81,7 +81,7 @@ def _on_grid_of(sam: Sam, target: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Objective:
     """Which terms there are and how they weigh; `clicks`: at most so many corrective ones after the first prompt;
-    `answers`: prompts an image whose answers are the teacher's, by a decoder that both share."""
+    `answers`: prompts an image whose answers are to be the teacher's, by a frozen decoder that is the teacher's."""
 
     mask_loss: str = "sam"
     distill_loss: str = "cosine"
@@ -89,6 +89,10 @@ class Objective:
     clicks: int = 1
     supervised: bool = True
     answers: int = 0
+
+    def __post_init__(self) -> None:
+        if self.answers and self.supervised:
+            raise ValueError("a decoder that learns masks is no longer the teacher's, whose answers are to be learnt")
 
 
 @dataclass
@@ -137,9 +141,8 @@ class TrainedSam(nn.Module):
         if self.objective.supervised:
             with watch("decoder"):
                 terms |= self._supervised(batch, embeddings)
-        if (
-            embeddings.requires_grad and self.objective.supervised
-        ):  # where the decoder's backward pass ends and the encoder's begins
+        # where the decoder's backward pass ends and the encoder's begins
+        if embeddings.requires_grad and (self.objective.supervised or self.objective.answers):
             embeddings.register_hook(lambda _: watch.split("decoder backward"))
         if batch.target is not None:
             loss = DISTILLATION_LOSSES[self.objective.distill_loss]
@@ -180,7 +183,7 @@ class TrainedSam(nn.Module):
         if torch.rand((), generator=rng) < 0.5:
             given = noisy_boxes(boxes, self.sam.image_encoder.img_size, rng)
         else:
-            points = first_clicks(masks, rng, self._pixels(masks))
+            points = first_clicks(masks, rng, self._pixels)
         logits, scores = decode(self.sam, embedding, points, given)
         first = [MULTI] if given is None else [MULTI, SINGLE]
         losses = [torch.stack([supervised_loss(logits, scores, masks, m, kind) for m in first]).mean()]
@@ -190,7 +193,7 @@ class TrainedSam(nn.Module):
         for _ in range(int(torch.randint(self.objective.clicks + 1, (), generator=rng))):
             best = asked.start + scores[:, asked].argmax(1)
             previous = logits[torch.arange(len(masks)), best].detach().float()
-            new = corrective_clicks(previous, masks, rng, self._pixels(masks))
+            new = corrective_clicks(previous, masks, rng, self._pixels)
             points = new if points is None else (torch.cat([points[0], new[0]], 1), torch.cat([points[1], new[1]], 1))
             logits, scores = decode(self.sam, embedding, points, given, previous[:, None])
             asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
@@ -201,39 +204,56 @@ class TrainedSam(nn.Module):
         """Distance to the teacher's answers, [B]: to clicks anywhere in the image, or to boxes around what it answers to
         them, with three masks or the single one. No object is needed."""
         assert batch.target is not None
-        cell, found = self.sam.image_encoder.img_size // embeddings.shape[-1], []
-        for embedding, target, real, key in zip(embeddings, batch.target, _real(batch, embeddings), batch.keys):
+        found = []
+        for embedding, target, size, key in zip(embeddings, batch.target, batch.sizes, batch.keys):
             rng = torch.Generator().manual_seed(key)
-            places, _ = random_clicks(real.expand(self.objective.answers, -1, -1), rng, cell)
-            points: Clicks | None = (places, torch.ones_like(places[..., 0]))
-            given, three = None, True
             with torch.no_grad():
-                logits, scores = self._answers(target[None], points, given, three)
-                if torch.rand((), generator=rng) < 0.5:
-                    best = logits[torch.arange(len(logits)), scores.argmax(1)]
-                    points, given = None, boxes_of(best > 0, self._pixels(best))
-                    three = bool(torch.rand((), generator=rng) < 0.5)
-                    logits, scores = self._answers(target[None], points, given, three)
-            found.append(answer_loss(*self._answers(embedding[None], points, given, three), logits, scores))
+                points, boxes = self._asked(target[None], size, rng)
+                three = bool(torch.rand((), generator=rng) < 0.5)
+                goal = self._answers(target[None], size, points, boxes, three)
+            found.append(answer_loss(*self._answers(embedding[None], size, points, boxes, three), *goal))
         return torch.stack(found)
 
-    def _answers(
-        self, embedding: torch.Tensor, points: Clicks | None, boxes: torch.Tensor | None, three: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [P, M, 4 h, 4 w] and scores [P, M] for P prompts on [1, 256, h, w], M 3 or 1."""
-        sparse, dense, positions = encode_prompts(self.sam, points, boxes)
-        return decode_photo(self.sam.mask_decoder, embedding, positions, sparse, dense, three)
+    def _asked(
+        self, target: torch.Tensor, size: tuple[int, int], rng: torch.Generator
+    ) -> tuple[Clicks | None, torch.Tensor | None]:
+        """Clicks, or boxes [P, 4], half each."""
+        h, w = (-(-side // self._pixels) for side in size)
+        everywhere = torch.ones(self.objective.answers, h, w, dtype=torch.bool, device=target.device)
+        places, _ = random_clicks(everywhere, rng, self._pixels)
+        points = places, torch.ones_like(places[..., 0])
+        if torch.rand((), generator=rng) < 0.5:
+            return points, None
+        logits, scores = self._answers(target, size, points, None, three=True)
+        best = logits[torch.arange(len(logits)), scores.argmax(1)]
+        return None, boxes_of(best > 0, self._pixels)
 
-    def _pixels(self, masks: torch.Tensor) -> int:
+    def _answers(
+        self,
+        embedding: torch.Tensor,
+        size: tuple[int, int],
+        points: Clicks | None,
+        boxes: torch.Tensor | None,
+        three: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [P, M, h, w] of the part of the frame that is image, and scores [P, M], for P prompts on [1, 256, ...];
+        M 3 or 1."""
+        sparse, dense, positions = encode_prompts(self.sam, points, boxes)
+        logits, scores = decode_photo(self.sam.mask_decoder, embedding, positions, sparse, dense, three)
+        h, w = (-(-side // self._pixels) for side in size)
+        return logits[..., :h, :w], scores
+
+    @property
+    def _pixels(self) -> int:
         """Of the frame along a pixel of the decoder's masks."""
-        return self.sam.image_encoder.img_size // masks.shape[-1]
+        return self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
 
     def _measure(self, batch: Batch, embeddings: torch.Tensor, routing: Routing) -> Measured:
         found: dict[str, list[float]] = {"box": [], "click": []}
         for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
             if not len(masks):  # or damaged
                 continue
-            clicks = first_clicks(masks, torch.Generator().manual_seed(key), self._pixels(masks))
+            clicks = first_clicks(masks, torch.Generator().manual_seed(key), self._pixels)
             for name, points, given in (("box", None, boxes), ("click", clicks, None)):
                 logits, scores = decode(self.sam, embedding[None], points, given)
                 best = MULTI.start + scores[:, MULTI].argmax(1)

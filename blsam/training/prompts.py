@@ -23,7 +23,7 @@ def noisy_boxes(boxes: torch.Tensor, image_size: int, generator: torch.Generator
 
 def boxes_of(masks: torch.Tensor, pixels: int) -> torch.Tensor:
     """The box x1 y1 x2 y2 around each mask [P, h, w] bool whose cells have so many pixels a side: [P, 4] in pixels. Of an
-    empty mask the whole image."""
+    empty mask all of it."""
     boxes = masks_to_boxes(masks | ~masks.any((1, 2), keepdim=True))
     boxes[:, 2:] += 1  # they name the last cell
     return boxes * pixels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,8 +50,9 @@ class RunSettings:
     def check_same(self, stored: dict[str, Any]) -> None:
         """ValueError names the first setting that a run was begun with otherwise, of those that it depends on."""
         now = self.as_json()
+        earlier = {f.name: f.default for f in fields(self) if f.default is not MISSING}  # than a setting that is new
         for name in sorted(now.keys() - self.free):
-            if stored.get(name) != now[name]:
+            if stored.get(name, earlier.get(name)) != now[name]:
                 raise ValueError(
                     f"{self.output} was begun with {name} {stored.get(name)}, this command has {now[name]}"
                 )

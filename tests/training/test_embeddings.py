@@ -66,7 +66,7 @@ def test_an_encoder_learns_from_plain_photos(settings, tmp_path):
     assert len((settings.output / "photos.txt").read_text().split()) == 6
     assert len(column(settings.output, "val_error")) == 2 and (settings.output / "best.safetensors").is_file()
     _cache(folder, tmp_path / "cache", "--stage", "encoder")
-    train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached", precision="bf16"))
+    train(replace(alone, cache=tmp_path / "cache", output=tmp_path / "cached", precision="bf16", answers=2))
     assert len(column(tmp_path / "cached", "fd")) == 2
 
 

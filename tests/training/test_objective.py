@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from blsam import sam_model_registry
@@ -18,26 +19,51 @@ def test_prompts_keep_their_places_while_training_in_bfloat16(monkeypatch):
         assert torch.equal(exact, found)
 
 
-def test_the_teachers_answers_are_learnt_where_it_is_the_image():
-    """Of two images without an object the second is half padding, where no prompt lies."""
+@pytest.fixture
+def sam():
     torch.manual_seed(0)
-    sam = sam_model_registry["vit_t"](image_size=64).requires_grad_(False)
-    images, sizes = torch.randn(2, 3, 64, 64), [(64, 64), (32, 64)]
-    target = sam.image_encoder(images)
-    nothing = (torch.zeros(0, 16, 16), torch.zeros(0, 4))
-    batch = Batch(images, sizes, [nothing, nothing], [3, 4], torch.ones(2), target)
-    model = TrainedSam(sam, Objective(distill_weight=0, supervised=False, answers=8))
-    asked = []
-    forward = sam.prompt_encoder.forward
-    sam.prompt_encoder.forward = lambda points, *more: asked.append(points) or forward(points, *more)
-    same = model(batch, 0.25).loss
-    assert max(points[0][..., 1].max() for points in asked[len(asked) // 2 :] if points is not None) < 32
-    assert torch.equal(model(batch, 0.25).loss, same)  # the same prompts
+    return sam_model_registry["vit_t"](image_size=64).requires_grad_(False)
 
-    embedding = (target + 0.3 * torch.randn_like(target)).requires_grad_()
+
+def batch_of(sam, keys):
+    """Images without an object, the second half of each is padding, and their own embedding as the teacher's."""
+    images = torch.randn(len(keys), 3, 64, 64)
+    nothing = (torch.zeros(0, 16, 16), torch.zeros(0, 4))
+    target = sam.image_encoder(images)
+    return Batch(images, [(32, 64)] * len(keys), [nothing] * len(keys), keys, torch.ones(len(keys)), target)
+
+
+ALONE = Objective(distill_weight=0, supervised=False, answers=8)
+
+
+def test_the_teachers_answers_are_learnt(sam):
+    batch, model = batch_of(sam, [3, 4]), TrainedSam(sam, ALONE)
+    same = model(batch, 0.25).loss
+    assert torch.equal(model(batch, 0.25).loss, same)  # the same prompts
+    embedding = (batch.target + 0.3 * torch.randn_like(batch.target)).requires_grad_()
     distances = model._answered(batch, embedding)
     assert distances.shape == (2,) and distances.mean() > same, (distances, same)
     distances.sum().backward()
     assert (embedding.grad.flatten(1).norm(dim=1) > 0).all()
     step = embedding.detach() - 0.3 * embedding.grad / embedding.grad.std()
     assert model._answered(batch, step).mean() < distances.mean()
+
+
+def test_answers_are_asked_for_in_every_way_and_where_the_image_is(sam, monkeypatch):
+    asked, compared, forward = [], [], sam.prompt_encoder.forward
+    monkeypatch.setattr(sam.prompt_encoder, "forward", lambda *given: asked.append(given[:2]) or forward(*given))
+    monkeypatch.setattr(
+        "blsam.training.objective.answer_loss", lambda logits, *more: compared.append(logits.shape) or logits.sum()
+    )
+    TrainedSam(sam, ALONE)(batch_of(sam, list(range(12))), 0.25)
+    clicks = torch.cat([points[0] for points, boxes in asked if boxes is None])
+    boxes = torch.cat([boxes for points, boxes in asked if boxes is not None])
+    for y in (clicks[..., 1], boxes[:, 1::2]):
+        assert y.min() >= 0 and 24 < y.max() <= 32, y
+    assert (boxes[:, :2] < boxes[:, 2:]).all()
+    assert set(compared) == {(8, 3, 8, 16), (8, 1, 8, 16)}
+
+
+def test_a_decoder_that_learns_gives_no_answers_to_learn():
+    with pytest.raises(ValueError, match="no longer the teacher's"):
+        Objective(answers=1)
