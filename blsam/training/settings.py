@@ -50,9 +50,10 @@ class RunSettings:
     def check_same(self, stored: dict[str, Any]) -> None:
         """ValueError names the first setting that a run was begun with otherwise, of those that it depends on."""
         now = self.as_json()
-        earlier = {f.name: f.default for f in fields(self) if f.default is not MISSING}  # than a setting that is new
+        # a run that was begun before there was a setting was begun with its default
+        stored = {f.name: f.default for f in fields(self) if f.default is not MISSING} | stored
         for name in sorted(now.keys() - self.free):
-            if stored.get(name, earlier.get(name)) != now[name]:
+            if stored.get(name) != now[name]:
                 raise ValueError(
                     f"{self.output} was begun with {name} {stored.get(name)}, this command has {now[name]}"
                 )

@@ -71,3 +71,15 @@ def test_a_run_goes_on_as_it_was_begun_or_not_at_all(settings, tmp_path):
     ):
         with pytest.raises(ValueError, match=error):
             train(replace(settings, resume=True, **more))
+
+
+def test_a_run_goes_on_that_was_begun_before_a_setting_was_there(settings):
+    train(replace(settings, steps=1))
+    path = settings.output / "config.json"
+    written = json.loads(path.read_text())
+    del written["clicks"]
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="was begun with clicks 1, this command has 2"):
+        train(replace(settings, resume=True, clicks=2))
+    train(replace(settings, resume=True))
+    assert [row["step"] for row in rows(settings.output) if "loss" in row] == [1, 2, 3]
