@@ -9,6 +9,6 @@ setup(
     package_data={
         "blsam": ["py.typed"],
         "blsam.demo": ["static/*"],
-        "blsam.weights": ["*vit_t.safetensors", "vit_t_fine.safetensors", "MODEL_CARD.md", "README.md"],
+        "blsam.weights": ["*vit_t.safetensors", "*vit_t_fine.safetensors", "MODEL_CARD.md", "README.md"],
     },
 )

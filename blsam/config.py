@@ -261,7 +261,8 @@ CONFIGS: dict[str, EncoderConfig] = {
         replace(_L, name="blsam_vit_l", e_dim=384, e_heads=6, e_layers=_every(6, 23), predictor_layers=(5, 11, 17)),
         replace(_B, name="blsam_vit_b", e_dim=192, e_heads=3, e_layers=_every(1, 11), predictor_layers=(0, 3, 6, 9)),
         _ROUTED_T,
-        replace(_ROUTED_T, name="blsam_vit_t_fine", grow=2),
+        # cells of tokens as keys: two narrow heads over the whole image take no longer than one whose keys are tokens
+        replace(_ROUTED_T, name="blsam_vit_t_fine", grow=2, e_dim=64, e_heads=2, e_global_heads=None, e_pool=2),
     )
 }
 

@@ -1,10 +1,10 @@
 """`SamPredictor` on files of `blsam export`, with numpy and onnxruntime alone: no torch.
 
-blsam export --model blsam_vit_t -o exported
+blsam export -o exported
 
 from blsam.onnx import SamPredictor
 
-predictor = SamPredictor("exported/blsam_vit_t.encoder.onnx", "exported/blsam_vit_t.decoder.onnx")
+predictor = SamPredictor("exported/blsam_vit_t_fine.encoder.onnx", "exported/blsam_vit_t_fine.decoder.onnx")
 predictor.set_image(photo)                                   # uint8 [H, W, 3] RGB
 masks, scores, logits = predictor.predict(np.array([[320, 240]]), np.array([1]))
 """

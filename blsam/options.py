@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -20,8 +21,9 @@ from .runtimes.choice import RUNTIMES, resolve, resolve_for
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_MODEL = "blsam_vit_t"
+DEFAULT_MODEL = "blsam_vit_t_fine"
 ROUTED = tuple(name for name, config in CONFIGS.items() if config.routed)
+SIGPIPE_STATUS = 141  # as shells say it of a program that this signal ended
 MOST_PIXELS = 8192  # along a side of a model's input
 PICTURES = (".png", ".jpg", ".jpeg")
 PACKAGE = Path(__file__).resolve().parent
@@ -54,12 +56,27 @@ def exit_status(name: str, work: Callable[[], int | None]) -> int:
     Under torchrun each process says its own line: the first that fails takes the others with it before they can speak.
     """
     try:
-        return int(work() or 0)
+        status = int(work() or 0)
+        sys.stdout.flush()  # here, where the answer to an error is
+        return status
     except (OSError, ValueError, ImportError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            return SIGPIPE_STATUS
         rank = os.environ.get("RANK", "0")
         # in one piece with its end, or lines of several processes run into each other
         sys.stderr.write(f"{name}{'' if rank == '0' else f', process {rank}'}: {one_line(error)}\n")
         return 2
+
+
+def _reader_has_left() -> bool:
+    """Whether what is printed goes into a pipe that nobody reads any longer, as behind `head`; then it goes nowhere."""
+    output = 1  # sys.stdout, whatever stands in its place
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    left = any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return left
 
 
 def one_line(error: BaseException) -> str:

@@ -88,7 +88,7 @@ def test_models_lists_the_registry(capsys):
     assert f"on this processor ({processor()})" in rows["auto:"]
 
 
-@pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t"])
+@pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t", "vit_t_fine", "blsam_vit_t_fine"])
 def test_shipped_weights_are_there(name):
     path = shipped_checkpoint(name)
     assert path.is_file() and path.stat().st_size <= 32 * 2**20

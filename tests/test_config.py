@@ -9,11 +9,13 @@ import pytest
 from blsam.config import CONFIGS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "layers.json").read_text())
+# dim, heads, window; of the narrow blocks dim, heads, heads over the whole image, tokens along a cell of their keys there
 SIZES = {
-    "h": (1280, 16, 14, 768, 12),
-    "l": (1024, 16, 14, 384, 6),
-    "b": (768, 12, 14, 192, 3),
-    "t": (192, 3, 8, 48, 3),
+    "vit_h": (1280, 16, 14, 768, 12, 12, 1),
+    "vit_l": (1024, 16, 14, 384, 6, 6, 1),
+    "vit_b": (768, 12, 14, 192, 3, 3, 1),
+    "vit_t": (192, 3, 8, 48, 3, 1, 1),
+    "vit_t_fine": (192, 3, 8, 64, 2, 2, 2),
 }
 
 
@@ -32,11 +34,10 @@ def test_layers(name):
         for i in range(config.depth)
     ]
     assert " ".join(layers) == GOLDEN[name]
-    dim, heads, window, e_dim, e_heads = SIZES[name.removesuffix("_fine")[-1]]
+    dim, heads, window, e_dim, e_heads, over_image, cells = SIZES[name.removeprefix("blsam_")]
     assert (config.dim, config.heads, config.window) == (dim, heads, window)
     if config.routed:
-        assert (config.e_dim, config.e_heads) == (e_dim, e_heads)
-        over_image = 1 if name.startswith("blsam_vit_t") else e_heads
+        assert (config.e_dim, config.e_heads, config.e_pool) == (e_dim, e_heads, cells)
         assert {config.e_heads_of(i) for i in config.global_layers} == {over_image}
     assert config.dense == CONFIGS[name.removeprefix("blsam_")]
     stages = [None, *range(len(config.predictor_layers))]

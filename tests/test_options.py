@@ -46,6 +46,19 @@ def test_other_errors_are_not_hidden():
     assert exit_status("it", lambda: None) == 0 and exit_status("it", lambda: True) == 1
 
 
+def test_a_reader_that_leaves_is_no_error_and_a_broken_pipe_elsewhere_is(capsys):
+    program = (
+        "import sys; from blsam.options import exit_status; sys.exit(exit_status('it', lambda: print('x' * 2**20)))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    process.stdout.close()  # as `head` does
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
+    process.stderr.close()
+    assert exit_status("it", fails(BrokenPipeError(32, "Broken pipe"))) == 2
+    assert capsys.readouterr().err == "it: [Errno 32] Broken pipe\n"
+
+
 def test_a_parser_says_what_is_wrong_in_one_line():
     parser = Parser(prog="it", description="one\n  two")
     parser.add_argument("--number", type=int)
@@ -92,7 +105,7 @@ def parsed(*arguments, **changes):
 
 def test_defaults():
     args = parsed()
-    assert (args.model, args.checkpoint, args.keep_ratio, args.image_size) == ("blsam_vit_t", None, 0.25, None)
+    assert (args.model, args.checkpoint, args.keep_ratio, args.image_size) == ("blsam_vit_t_fine", None, 0.25, None)
     assert args.device.type == ("cuda" if torch.cuda.is_available() else "cpu") and args.dtype == "auto"
     assert parsed(**{"--dtype": {"default": "float32"}}).dtype == "float32"
 
@@ -154,7 +167,7 @@ def test_weights_of_an_installed_package_and_of_the_repository(tmp_path, monkeyp
         find_checkpoint("vit_t", tmp_path / "mine.pth")
 
 
-@pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t"])
+@pytest.mark.parametrize("name", ["vit_t", "blsam_vit_t", "vit_t_fine", "blsam_vit_t_fine"])
 def test_shipped_weights_are_found_from_elsewhere(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_checkpoint(name, None).is_file()

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--limit",
         type=int,
         metavar="N",
-        help="photos; default 64 for blsam_vit_t, 16 for other segmenters, 334 for classifiers at 224",
+        help="photos; default 64 for blsam_vit_t and _fine, 16 for other segmenters, 334 for classifiers at 224",
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(

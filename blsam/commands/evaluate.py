@@ -1,10 +1,10 @@
 r"""Masks against annotations.
 
-    blsam evaluate coco --model blsam_vit_t --annotations instances_val2017.json --images val2017
-    blsam evaluate lvis --model blsam_vit_t --annotations lvis_v1_val.json --images coco --prompt point --num-points 3
-    blsam evaluate zero-shot --model blsam_vit_t --dataset coco --boxes gt \
+    blsam evaluate coco --model blsam_vit_t_fine --annotations instances_val2017.json --images val2017
+    blsam evaluate lvis --model blsam_vit_t_fine --annotations lvis_v1_val.json --images coco --prompt point --num-points 3
+    blsam evaluate zero-shot --model blsam_vit_t_fine --dataset coco --boxes gt \
         --annotations instances_val2017.json --images val2017
-    blsam evaluate everything --model blsam_vit_t --annotations instances_val2017.json --images val2017 --limit 20
+    blsam evaluate everything --model blsam_vit_t_fine --annotations instances_val2017.json --images val2017 --limit 20
     torchrun --nproc-per-node 8 -m blsam evaluate coco ...          # the same tables, images shared out
 
 A run that was killed goes on with --resume.
@@ -37,8 +37,8 @@ from ..options import UsageError, add_option, check_folder, check_output
 
 PROMPTED = """Mean IoU of prompted masks on {data} annotations, by size, beside trivial baselines.
 
-    blsam evaluate {name} --model blsam_vit_t --annotations {json} --images {images}
-    blsam evaluate {name} --model blsam_vit_t ... --prompt point --num-points 3
+    blsam evaluate {name} --model blsam_vit_t_fine --annotations {json} --images {images}
+    blsam evaluate {name} --model blsam_vit_t_fine ... --prompt point --num-points 3
     blsam evaluate {name} --model segment_anything:vit_b --checkpoint sam_vit_b_01ec64.pth ...
 
 Protocols: `paper` (points uniform in the mask, all at once; three masks, the most confident; no crowd), `efficientvit`
@@ -51,7 +51,7 @@ LVIS["more"] = (
 )
 ZERO_SHOT = """Zero-shot instance segmentation: a mask for every box, scored by COCO's or LVIS's own average precision.
 
-    blsam evaluate zero-shot --model blsam_vit_t --dataset coco --boxes gt \\
+    blsam evaluate zero-shot --model blsam_vit_t_fine --dataset coco --boxes gt \\
         --annotations instances_val2017.json --images val2017
     blsam evaluate zero-shot --model vit_h --checkpoint sam_vit_h_4b8939.pth --dataset lvis \\
         --boxes lvis_vitdet.json --annotations lvis_v1_val.json --images coco
@@ -61,7 +61,7 @@ true boxes have score 1. Writes the masks in COCO's results format.
 """
 EVERYTHING = """Everything-mode: how many masks a photo gets, and how many of the annotated objects are among them, by size.
 
-    blsam evaluate everything --model blsam_vit_t --annotations instances_val2017.json --images val2017 --limit 20
+    blsam evaluate everything --model blsam_vit_t_fine --annotations instances_val2017.json --images val2017 --limit 20
 
 The mask generator has SAM's defaults. An object is found where a mask has an IoU of 0.7 with it; crowds are left out.
 """

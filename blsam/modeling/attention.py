@@ -196,10 +196,14 @@ def cell_means(grid: torch.Tensor, side: int) -> torch.Tensor:
     """Means over cells of side x side tokens, those at the right and bottom edge maybe smaller: [B, H, W, C] -> [B,
     ceil(H / side), ceil(W / side), C]."""
     down, across = grid.shape[1:3]
-    real = torch.ones(1, 1, down, across, device=grid.device)
-    # with zeros and then by what share is real: `ceil_mode` comes out otherwise in an ONNX graph
-    grid, real = (F.pad(t, (0, -across % side, 0, -down % side)) for t in (grid.movedim(3, 1), real))  # [B, C, H, W]
-    return (F.avg_pool2d(grid, side) / F.avg_pool2d(real, side)).to(grid.dtype).movedim(1, 3)
+    # sums with zeros beyond the edge, over how many tokens there are: pooling with `ceil_mode` comes out otherwise in an
+    # ONNX graph, and OpenVINO has none in bfloat16
+    whole = F.pad(grid, (0, 0, 0, -across % side, 0, -down % side))
+    sums = (
+        whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)).sum((2, 4))
+    )  # [B, h, side, w, side, C] -> [B, h, w, C]
+    h, w = ((n - torch.arange(0, n, side, device=grid.device)).clamp(max=side) for n in (down, across))
+    return (sums / (h[:, None] * w)[..., None]).to(grid.dtype)
 
 
 # --- relative positions ----------------------------------------------------------------------------------------------

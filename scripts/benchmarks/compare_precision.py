@@ -23,7 +23,7 @@ from blsam.options import Parser, add_option, check_output, exit_status, find_ch
 def main() -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_option(parser, "--model")
+    add_option(parser, "--model", default="blsam_vit_t")
     add_option(parser, "--checkpoint")
     add("--images", type=Path, required=True, metavar="DIR")
     add("--limit", type=int, default=50)

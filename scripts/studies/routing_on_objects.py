@@ -31,7 +31,7 @@ from blsam.options import ROUTED, Parser, add_option, check_output, exit_status,
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--model", choices=ROUTED, default="blsam_vit_t")
     add_option(parser, "--checkpoint")
     add("--annotations", type=Path, metavar="JSON", required=True, help="COCO's format")
     add("--annotation-images", type=Path, metavar="DIR", required=True)

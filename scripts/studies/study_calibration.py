@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
     add("study", choices=("routing", "photos", "steps", "heads", "cells", "kinds"))
-    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--model", choices=ROUTED, default="blsam_vit_t")
     add("--checkpoint", type=Path, required=True, help="of the dense model")
     add("--images", type=Path, metavar="DIR", help="photos to calibrate on (not for kinds)")
     add("--test-images", type=Path, required=True, metavar="DIR", help="photos for the cosines")
@@ -160,7 +160,7 @@ def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[s
     elif args.study == "steps":
         settings = replace(settings, steps=value, stage_steps=2 * value)
     elif args.study == "heads":
-        config = replace(config, e_global_heads=value)
+        config = replace(config, e_global_heads=value, e_pool=1)
     elif args.study == "cells":
         config = replace(config, e_global_heads=config.e_heads, e_pool=value)
     elif args.study == "kinds":

@@ -37,7 +37,7 @@ PROMPTS = {"box": "box", "center": "one point in the middle"}
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--model", choices=ROUTED, default="blsam_vit_t")
     add_option(parser, "--checkpoint")
     add("--dense-checkpoint", type=Path, help="of its dense model; default: the one that ships")
     add("--annotations", type=Path, metavar="JSON")

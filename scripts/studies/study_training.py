@@ -60,7 +60,7 @@ VARIANTS = {
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add_option(parser, "--model", choices=ROUTED)
+    add_option(parser, "--model", choices=ROUTED, default="blsam_vit_t")
     add("--teacher-checkpoint", type=Path, required=True, help="of the dense model")
     add("--init", type=Path, required=True, help="the calibrated model")
     add("--data", type=Path, nargs="+", required=True)

@@ -7,6 +7,7 @@ from PIL import Image
 from skimage import data
 
 from blsam.cli import main
+from blsam.options import DEFAULT_MODEL
 from blsam.runtimes import choice
 
 
@@ -32,7 +33,7 @@ def test_the_same_mask_and_a_second_start_that_compiles_nothing(segment, tmp_pat
     _, expected, said = segment("--runtime", "torch")
     assert "compiling" not in said and not (tmp_path / "compiled").exists()
     _, first, said = segment("--runtime", "openvino")
-    assert said == f"blsam: compiling blsam_vit_t for openvino (kept in {tmp_path / 'compiled'}) ...\n"
+    assert said == f"blsam: compiling {DEFAULT_MODEL} for openvino (kept in {tmp_path / 'compiled'}) ...\n"
     _, second, said = segment("--runtime", "openvino")
     assert said == ""
     for found in (first, second):

@@ -173,8 +173,9 @@ def test_ratios_that_are_not_worth_it_are_torchs(folder):
 
 
 @torch.no_grad()
-def test_a_routed_model_in_bfloat16(folder):
-    ours, torchs = model(TINY, "openvino", folder).image_encoder, model().image_encoder
+@pytest.mark.parametrize("config", [TINY, replace(TINY, name="tiny_pooled", e_pool=3)], ids=lambda config: config.name)
+def test_a_routed_model_in_bfloat16(config, folder):
+    ours, torchs = model(config, "openvino", folder).image_encoder, model(config).image_encoder
     ours.use_dtype(torch.bfloat16)
     (found, routing), (expected, own) = (encoder.encode(batch()) for encoder in (ours, torchs))
     assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
