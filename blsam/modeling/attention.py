@@ -199,9 +199,8 @@ def cell_means(grid: torch.Tensor, side: int) -> torch.Tensor:
     # sums with zeros beyond the edge, over how many tokens there are: pooling with `ceil_mode` comes out otherwise in an
     # ONNX graph, and OpenVINO has none in bfloat16
     whole = F.pad(grid, (0, 0, 0, -across % side, 0, -down % side))
-    sums = (
-        whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)).sum((2, 4))
-    )  # [B, h, side, w, side, C] -> [B, h, w, C]
+    # [B, h * side, w * side, C] -> [B, h, side, w, side, C] -> [B, h, w, C]
+    sums = whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)).sum((2, 4))
     h, w = ((n - torch.arange(0, n, side, device=grid.device)).clamp(max=side) for n in (down, across))
     return (sums / (h[:, None] * w)[..., None]).to(grid.dtype)
 
