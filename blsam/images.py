@@ -95,7 +95,8 @@ def read_annotated(source: File, size: Sequence[int]) -> np.ndarray:
     pixels = read_image(source, upright=False)
     height, width = pixels.shape[:2]
     if (height, width) != tuple(size):
-        text = f"{_name(source)} has {width} x {height} pixels, its annotations {size[1]} x {size[0]}"
+        across, down = (printable(repr(side)) for side in (size[1], size[0]))  # a file may hold anything
+        text = f"{_name(source)} has {width} x {height} pixels, its annotations {across} x {down}"
         if (width, height) == tuple(size) and read_image(source).shape[:2] == tuple(size):
             text += ": EXIF turns it, and they were made on the turned photo; store its pixels upright, without EXIF"
         raise ValueError(text)

@@ -196,6 +196,7 @@ COUNTS = {"size": [512, 512], "counts": [512 * 512 - 4, 4]}
         ({"segmentation": None}, "no segmentation"),
         ({"segmentation": COUNTS | {"size": [512, 513]}}, "its annotations 513 x 512"),
         ({"segmentation": COUNTS | {"size": [10**5, 10**5]}}, "its annotations 100000 x 100000"),
+        ({"segmentation": COUNTS | {"size": ["\r", 512]}}, r"its annotations 512 x '\\r'"),
         ({"segmentation": COUNTS | {"counts": [1, 2]}}, "does not fill its size"),
         ({"segmentation": COUNTS | {"counts": "~~~~"}}, "cannot be read"),
     ],
