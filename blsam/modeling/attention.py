@@ -197,7 +197,7 @@ def cell_means(grid: torch.Tensor, side: int) -> torch.Tensor:
     ceil(H / side), ceil(W / side), C]."""
     down, across = grid.shape[1:3]
     # sums with zeros beyond the edge, over how many tokens there are: pooling with `ceil_mode` comes out otherwise in an
-    # ONNX graph, and OpenVINO has none in bfloat16
+    # ONNX graph, and OpenVINO cannot compile it in bfloat16
     whole = F.pad(grid, (0, 0, 0, -across % side, 0, -down % side))
     # [B, h * side, w * side, C] -> [B, h, side, w, side, C] -> [B, h, w, C]
     sums = whole.unflatten(2, (-1, side)).unflatten(1, (-1, side)).sum((2, 4))

@@ -76,7 +76,7 @@ def answer_loss(
     logits: torch.Tensor, scores: torch.Tensor, goal_logits: torch.Tensor, goal_scores: torch.Tensor
 ) -> torch.Tensor:
     """How far answers to P prompts are from a teacher's, a mean over prompts and mask tokens (after EdgeSAM, arXiv
-    2312.06660, which learns the masks alone; the scores are ours, since they choose the mask).
+    2312.06660; the scores are ours, since they choose the mask).
 
     logits [P, M, h, w] and scores [P, M] of both. Dice to the teacher's mask, cross-entropy to its probabilities, and
     the squared error of the predicted IoU. It weighs 1 beside the others.

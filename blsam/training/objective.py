@@ -207,31 +207,32 @@ class TrainedSam(nn.Module):
         found = []
         for embedding, target, size, key in zip(embeddings, batch.target, batch.sizes, batch.keys):
             rng = torch.Generator().manual_seed(key)
+            h, w = (-(-side // self._pixels) for side in size)  # of the masks, without the padding
             with torch.no_grad():
-                points, boxes = self._asked(target[None], size, rng)
+                points, boxes = self._asked(target[None], h, w, rng)
                 three = bool(torch.rand((), generator=rng) < 0.5)
-                goal = self._answers(target[None], size, points, boxes, three)
-            found.append(answer_loss(*self._answers(embedding[None], size, points, boxes, three), *goal))
+                goal = self._answers(target[None], h, w, points, boxes, three)
+            found.append(answer_loss(*self._answers(embedding[None], h, w, points, boxes, three), *goal))
         return torch.stack(found)
 
     def _asked(
-        self, target: torch.Tensor, size: tuple[int, int], rng: torch.Generator
+        self, target: torch.Tensor, h: int, w: int, rng: torch.Generator
     ) -> tuple[Clicks | None, torch.Tensor | None]:
         """Clicks, or boxes [P, 4], half each."""
-        h, w = (-(-side // self._pixels) for side in size)
         everywhere = torch.ones(self.objective.answers, h, w, dtype=torch.bool, device=target.device)
         places, _ = random_clicks(everywhere, rng, self._pixels)
         points = places, torch.ones_like(places[..., 0])
         if torch.rand((), generator=rng) < 0.5:
             return points, None
-        logits, scores = self._answers(target, size, points, None, three=True)
+        logits, scores = self._answers(target, h, w, points, None, three=True)
         best = logits[torch.arange(len(logits)), scores.argmax(1)]
         return None, boxes_of(best > 0, self._pixels)
 
     def _answers(
         self,
         embedding: torch.Tensor,
-        size: tuple[int, int],
+        h: int,
+        w: int,
         points: Clicks | None,
         boxes: torch.Tensor | None,
         three: bool,
@@ -240,7 +241,6 @@ class TrainedSam(nn.Module):
         M 3 or 1."""
         sparse, dense, positions = encode_prompts(self.sam, points, boxes)
         logits, scores = decode_photo(self.sam.mask_decoder, embedding, positions, sparse, dense, three)
-        h, w = (-(-side // self._pixels) for side in size)
         return logits[..., :h, :w], scores
 
     @property
