@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from ..baselines.sam.macs import config_macs
     from ..modeling.macs import sam_macs
 
-    print(f"{'model':<13} {'parameters':>11} {'GMACs SAM':>10} {'GMACs ours':>11} {'keep ratio':>11}  weights  auto")
+    print(f"{'model':<16} {'parameters':>11} {'GMACs SAM':>10} {'GMACs ours':>11} {'keep ratio':>11}  weights  auto")
     for name, config in MODELS.items():
         keep = f"{config.keep_ratio:g}" if config.reduces else "-"
         has = "shipped" if shipped_checkpoint(name) else "-"
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         runtime, dtype = resolve_for(config, "auto", "auto")
         auto = f"{runtime}, {_name(dtype)}"
         print(
-            f"{name:<13} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has:<7}  {auto}"
+            f"{name:<16} {parameters(config) / 1e6:>9.1f} M {dense:>10.1f} {ours:>11.1f} {keep:>11}  {has:<7}  {auto}"
         )
     print(f"auto: what --runtime and --dtype come to on this processor ({processor()})", end="")
     if torch.cuda.is_available():
