@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
@@ -27,6 +28,9 @@ from .modeling.sam import Sam
 
 RELEASED = _SamPredictor.predict_torch
 PHOTO = (*(field.name for field in fields(Encoded)), "is_image_set", "_batch")  # a predictor's attributes
+# Held while the attributes of a photo change, or are read together: letting go of a large tensor lets other threads run,
+# even between two attributes of one `update`.
+CHANGE = threading.RLock()
 
 
 class ResizeLongestSide(_ResizeLongestSide):
@@ -64,15 +68,17 @@ class SamPredictor(_SamPredictor):
 
     def reset_image(self) -> None:
         """Forget the photo, or the photos."""
-        super().reset_image()
-        self.routing, self._batch = None, []
+        with CHANGE:
+            super().reset_image()
+            self.routing, self._batch = None, []
 
     @property
     def encoded(self) -> Encoded:
         """The photo that is set; RuntimeError if there is none. `features` written by hand have no routing of theirs."""
-        if not self.is_image_set or self.routing is None:
+        now = self._as_it_is()
+        if not now.is_image_set or now.routing is None:
             raise RuntimeError("no photo is encoded: an image must be set with .set_image(...)")
-        return Encoded(self.features, self.routing, self.input_size, self.original_size)
+        return Encoded(now.features, now.routing, now.input_size, now.original_size)
 
     def set_encoded(self, encoded: Encoded) -> None:
         """Let `predict` work on a photo that this model encoded before; the encoder does not run."""
@@ -86,7 +92,13 @@ class SamPredictor(_SamPredictor):
 
     def _use(self, encoded: Encoded) -> None:
         parts = {f.name: getattr(encoded, f.name) for f in fields(encoded)}
-        self.__dict__.update(parts, is_image_set=True)  # in one step, for threads that look at it
+        with CHANGE:
+            self.__dict__.update(parts, is_image_set=True)
+
+    def _as_it_is(self) -> SamPredictor:
+        """A copy that keeps its photo, whatever other threads do to this one."""
+        with CHANGE:
+            return copy.copy(self)
 
     def set_image(self, image: Any, image_format: str = "RGB") -> None:
         """Encode a photo: uint8 [H, W, 3], or anything that `images.as_photo` reads as one.
@@ -159,7 +171,7 @@ class SamPredictor(_SamPredictor):
         )
         if point_coords is not None and point_coords.size == 0:  # an empty list is no points, as np.empty((0, 2)) is
             point_coords, point_labels = np.empty((0, 2)), np.empty(0)
-        now = copy.copy(self)
+        now = self._as_it_is()
         if now.is_image_set:
             check_shapes(point_coords, point_labels, box, mask_input)
             wanted = (1, *self.model.prompt_encoder.mask_input_size)
@@ -192,18 +204,19 @@ class SamPredictor(_SamPredictor):
         point_coords [P, N, 2], point_labels [P, N], boxes [P, 4], mask_input [P, 1, h, w]. Returns masks [P, M, H, W],
         scores [P, M] and low-resolution logits [P, M, h, w]; scores and logits float32, under autocast too.
         """
-        if self.is_image_set and {len(given) for given in (point_coords, boxes) if given is not None} == {0}:
+        now = self._as_it_is()
+        if now.is_image_set and {len(given) for given in (point_coords, boxes) if given is not None} == {0}:
             count, size = 3 if multimask_output else 1, self.model.prompt_encoder.mask_input_size
-            masks = self.features.new_zeros(0, count, *self.original_size)
+            masks = now.features.new_zeros(0, count, *now.original_size)
             masks = masks if return_logits else masks.bool()
-            return masks, self.features.new_zeros(0, count), self.features.new_zeros(0, count, *size)
+            return masks, now.features.new_zeros(0, count), now.features.new_zeros(0, count, *size)
         weight = next(self.model.prompt_encoder.parameters())
         if weight.dtype != torch.float32 and not torch.is_autocast_enabled(weight.device.type):
             raise RuntimeError(
                 f"SAM's prompt encoder works in float32 and was cast to {str(weight.dtype).removeprefix('torch.')}; "
                 'cast the image encoder alone, by dtype="bfloat16" where the model is built, or predict under autocast'
             )
-        if not self.is_image_set or not is_released(super().predict_torch):  # which raises, or is somebody's own
+        if not now.is_image_set or not is_released(super().predict_torch):  # which raises, or is somebody's own
             found = super().predict_torch(
                 point_coords, point_labels, boxes, mask_input, multimask_output, return_logits
             )
@@ -212,9 +225,9 @@ class SamPredictor(_SamPredictor):
         model, points = self.model, None if point_coords is None else (point_coords, point_labels)
         sparse, dense = model.prompt_encoder(points=points, boxes=boxes, masks=mask_input)
         positions = model.prompt_encoder.get_dense_pe()
-        decoded = decode_photo(model.mask_decoder, self.features, positions, sparse, dense, multimask_output)
+        decoded = decode_photo(model.mask_decoder, now.features, positions, sparse, dense, multimask_output)
         logits, scores = (value.float() for value in decoded)  # under autocast they are not
-        masks = model.postprocess_masks(logits, self.input_size, self.original_size)
+        masks = model.postprocess_masks(logits, now.input_size, now.original_size)
         return masks if return_logits else masks > model.mask_threshold, scores, logits
 
 

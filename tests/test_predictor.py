@@ -11,6 +11,8 @@ from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTra
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
 from blsam.config import CONFIGS
+from blsam.encoded import Encoded
+from blsam.modeling.routing import Routing
 from blsam.predictor import ResizeLongestSide, check_prompts
 from scripts.benchmarks.benchmark_row import reference_encoder
 from tests.helpers import DATA, gap
@@ -219,6 +221,23 @@ def test_threads_never_mix_two_photos(small):
     for thread in threads:
         thread.join()
     assert not wrong, wrong[:3]
+
+
+def test_what_a_thread_sees_is_one_photo_while_the_last_one_is_freed(small):
+    """Other threads run while a large tensor is let go of, in the middle of the change that lets go of it."""
+    predictor, seen = SamPredictor(small), []
+    other = threading.Thread(target=lambda: seen.append(predictor.encoded))
+
+    class Freed:
+        def __del__(self):
+            other.start()
+            other.join(0.2)
+
+    new = torch.zeros(1, 256, 20, 20)
+    predictor._use(Encoded(Freed(), Routing(), (1, 1), (1, 1)))
+    predictor._use(Encoded(new, Routing(), (2, 2), (2, 2)))
+    other.join()
+    assert seen == [Encoded(new, predictor.routing, (2, 2), (2, 2))]
 
 
 def test_a_subclass_that_sets_its_attributes_itself(small):
