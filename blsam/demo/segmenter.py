@@ -65,10 +65,11 @@ class Prompt:
 
 @dataclass
 class Encoding:
-    """A photo encoded at one keep ratio, and the seconds that it took."""
+    """A photo encoded at one keep ratio, the seconds that it took, and what computed it ("torch", "openvino" ...)."""
 
     encoded: Encoded
     seconds: float
+    runtime: str
     everything: list[dict[str, Any]] | None = None  # found once, on demand
 
 
@@ -197,7 +198,9 @@ class Segmenter:
             with watch("encoder"):
                 features, routing = self.sam.encode_images([pixels], keep_ratio=keep_ratio)
             encoded = Encoded(features, routing.of_image(0), photo.resized.shape[:2], photo.size)
-            encoding = Encoding(encoded, watch.seconds["encoder"])
+            engine = self.sam.image_encoder.engine
+            runtime = engine.name if engine is not None and engine.serves(keep_ratio) else "torch"
+            encoding = Encoding(encoded, watch.seconds["encoder"], runtime)
             self.encodings.put(key, encoding, encoded.nbytes)
         return encoding
 

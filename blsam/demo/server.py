@@ -2,7 +2,7 @@
 
     POST api/photos                     the file as body      -> id, width, height in pixels, note on how it was read
     GET  api/photos/ID/preview                                -> JPEG
-    POST api/photos/ID/encode           keep_ratio            -> seconds
+    POST api/photos/ID/encode           keep_ratio            -> seconds, runtime
     POST api/photos/ID/masks            ... points, box       -> masks (score, overlay as base64 PNG), times
     POST api/photos/ID/everything       keep_ratio            -> count, overlay
     GET  api/photos/ID/routing?keep_ratio=&stage=             -> JPEG
@@ -102,7 +102,7 @@ def api(segmenter: Segmenter) -> FastAPI:
 
 def encode(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Response:
     encoding = segmenter.encode(photo, checked_ratio(wanted.get("keep_ratio")))
-    return JSONResponse({"seconds": encoding.seconds})
+    return JSONResponse({"seconds": encoding.seconds, "runtime": encoding.runtime})
 
 
 def masks(segmenter: Segmenter, photo: Photo, wanted: dict[str, Any]) -> Response:

@@ -62,12 +62,16 @@ class Engine:
 
     def takes(self, encoder: ImageEncoder, x: torch.Tensor, keep_ratio: float) -> bool:
         """Whether this pass is for the runtime: training, gradients and encoders with hooks inside are torch's."""
-        if encoder.training or (self.only is not None and keep_ratio not in self.only):
+        if encoder.training or not self.serves(keep_ratio):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in encoder.parameters())):
             return False
         inside = itertools.islice(encoder.modules(), 1, None)  # its own hooks are called where it is
         return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+
+    def serves(self, keep_ratio: float) -> bool:
+        """Whether passes at this keep ratio are for the runtime at all."""
+        return self.only is None or keep_ratio in self.only
 
     def forget(self) -> None:
         """Drop what is compiled and held in memory."""

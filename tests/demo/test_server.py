@@ -7,9 +7,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from skimage import data
 
 from blsam.demo.segmenter import MAX_POINTS, Segmenter
+from blsam.modeling.routing import Routing
+from blsam.runtimes.engine import Engine
 from tests.demo.helpers import CUP, JPEG, PNG, file_of, png_header, upload
 
 pytest.importorskip("gradio", reason="the demo needs gradio: pip install 'blsam[demo]'")
@@ -149,6 +152,17 @@ def test_one_encode_for_a_photo_and_keep_ratio(client, sam, monkeypatch):
     client.post(f"/api/photos/{id}/encode", json={"keep_ratio": 0.5})
     assert calls == [0.25, 0.5]
     assert sam.image_encoder.keep_ratio == 0.25, "a visitor's keep ratio stays with the visitor"
+
+
+def test_seconds_are_of_a_runtime(client, sam, monkeypatch):
+    """The page compiles two keep ratios alone: the bars of the others are torch's."""
+    engine = Engine("openvino", None, only=frozenset((0.25, 1.0)))
+    monkeypatch.setattr(sam.image_encoder, "engine", engine)
+    monkeypatch.setattr(engine, "encode", lambda encoder, x, sizes, ratio: (torch.zeros(1, 256, 8, 8), Routing()))
+    id, found = upload(client, JPEG), {}
+    for ratio in (0.25, 0.5, 1.0):
+        found[ratio] = client.post(f"/api/photos/{id}/encode", json={"keep_ratio": ratio}).json()["runtime"]
+    assert found == {0.25: "openvino", 0.5: "torch", 1.0: "openvino"}
 
 
 def test_keep_ratios_come_in_hundredths():

@@ -12,7 +12,7 @@ class App {
     this.masks = []; // {score, overlay}; the overlay comes later where it was not chosen
     this.chosen = 0;
     this.keep = this.config.keep_ratio;
-    this.times = new Map(); // keep ratio -> seconds of the encoder on this photo
+    this.times = new Map(); // keep ratio -> seconds of the encoder on this photo, and the runtime that they are of
     this.asked = 0; // number of the last question; older answers are dropped
     this.running = false;
     this.canvas = new PhotoCanvas($("photo"), {
@@ -110,8 +110,7 @@ class App {
   }
 
   async encode() {
-    const { seconds } = await this.ask("encode", this.settings);
-    this.times.set(this.keep, seconds);
+    this.times.set(this.keep, await this.ask("encode", this.settings));
     this.render();
   }
 
@@ -120,7 +119,7 @@ class App {
     await this.work("Encoding again", async () => {
       await this.encode();
       await this.background();
-      this.say(`Keep ratio ${keep.toFixed(2)}: the encoder took ${ms(this.times.get(keep))}.`);
+      this.say(`Keep ratio ${keep.toFixed(2)}: the encoder took ${ms(this.times.get(keep).seconds)}.`);
     });
     if (this.now.points.length || this.now.box) await this.refresh();
     else this.showPrompt();
@@ -300,14 +299,16 @@ class App {
     for (const button of document.querySelectorAll("#blsam [data-export]"))
       button.disabled = everything ? button.dataset.export !== "coco.json" : !this.masks.length;
     $("candidates").replaceChildren(...[0, 1, 2].map((i) => this.candidate(i, !everything && this.masks[i])));
-    const slowest = Math.max(...this.times.values());
-    $("times").replaceChildren(...[...this.times].sort().map(([keep, seconds]) => {
+    const taken = [...this.times.values()], slowest = Math.max(...taken.map(({ seconds }) => seconds));
+    const mixed = new Set(taken.map(({ runtime }) => runtime)).size > 1; // then the bars are no comparison of ratios alone
+    $("times").classList.toggle("mixed", mixed);
+    $("times").replaceChildren(...[...this.times].sort(([a], [b]) => a - b).map(([keep, { seconds, runtime }]) => {
       const row = document.createElement("div");
       row.className = keep === this.keep ? "now" : "";
       const [label, bar, text] = ["span", "b", "span"].map((tag) => document.createElement(tag));
       label.textContent = keep.toFixed(2);
       bar.style.width = `${(100 * seconds) / slowest}%`;
-      text.textContent = ms(seconds);
+      text.textContent = mixed ? `${runtime}, ${ms(seconds)}` : ms(seconds);
       row.append(label, bar, text);
       return row;
     }));
