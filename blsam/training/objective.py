@@ -255,9 +255,9 @@ class TrainedSam(nn.Module):
                 continue
             clicks = first_clicks(masks, torch.Generator().manual_seed(key), self._pixels)
             for name, points, given in (("box", None, boxes), ("click", clicks, None)):
-                logits, scores = decode(self.sam, embedding[None], points, given)
-                best = MULTI.start + scores[:, MULTI].argmax(1)
-                found[name] += mask_iou(logits[torch.arange(len(masks)), best][:, None], masks)[:, 0].tolist()
+                logits, scores = self._answers(embedding[None], *masks.shape[-2:], points, given, three=True)
+                best = logits[torch.arange(len(masks)), scores.argmax(1)]
+                found[name] += mask_iou(best[:, None], masks)[:, 0].tolist()
         if batch.target is not None:
             good, both = batch.weights > 0, (embeddings, batch.target, _real(batch, embeddings))
             found["cosine"] = (1 - cosine_loss(*both))[good].tolist()
