@@ -100,6 +100,14 @@ class SamPredictor(_SamPredictor):
         with CHANGE:
             return copy.copy(self)
 
+    def _note(self, now: SamPredictor) -> None:
+        """What a subclass has noted on such a copy meanwhile, but not the photo, which may be another by now."""
+        self.__dict__.update({name: value for name, value in vars(now).items() if name not in PHOTO})
+
+    def get_image_embedding(self) -> torch.Tensor:
+        """The embedding of the photo that is set, [1, 256, h, w]; RuntimeError if there is none."""
+        return super(SamPredictor, self._as_it_is()).get_image_embedding()
+
     def set_image(self, image: Any, image_format: str = "RGB") -> None:
         """Encode a photo: uint8 [H, W, 3], or anything that `images.as_photo` reads as one.
 
@@ -133,17 +141,20 @@ class SamPredictor(_SamPredictor):
         resized = [self.transform.apply_image(photo) for photo in photos]
         tensors = [torch.as_tensor(r, device=self.device).permute(2, 0, 1).contiguous() for r in resized]
         features, routing = self.model.encode_images(tensors)
-        self._batch = [
+        batch = [
             Encoded(features[i : i + 1], routing.of_image(i), (tensor.shape[1], tensor.shape[2]), photo.shape[:2])
             for i, (photo, tensor) in enumerate(zip(photos, tensors))
         ]
-        self.use_image(0)
+        with CHANGE:
+            self._batch = batch
+            self._use(batch[0])
 
     def use_image(self, number: int) -> None:
         """Let `predict` work on image `number`, from 0, of the last `set_images`."""
-        if not 0 <= number < len(self._batch):
-            raise ValueError(f"image {number} is none of the {len(self._batch)} that set_images encoded")
-        self._use(self._batch[number])
+        batch = self._batch
+        if not 0 <= number < len(batch):
+            raise ValueError(f"image {number} is none of the {len(batch)} that set_images encoded")
+        self._use(batch[number])
 
     def predict(
         self,
@@ -185,8 +196,7 @@ class SamPredictor(_SamPredictor):
         found = super(SamPredictor, now).predict(
             point_coords, point_labels, box, mask_input, multimask_output, return_logits
         )
-        # what a subclass has noted meanwhile, but not the photo, which may be another by now
-        self.__dict__.update({name: value for name, value in vars(now).items() if name not in PHOTO})
+        self._note(now)
         return found
 
     @torch.no_grad()
@@ -217,9 +227,10 @@ class SamPredictor(_SamPredictor):
                 'cast the image encoder alone, by dtype="bfloat16" where the model is built, or predict under autocast'
             )
         if not now.is_image_set or not is_released(super().predict_torch):  # which raises, or is somebody's own
-            found = super().predict_torch(
+            found = super(SamPredictor, now).predict_torch(
                 point_coords, point_labels, boxes, mask_input, multimask_output, return_logits
             )
+            self._note(now)
             masks, scores, logits = (t if t.dtype == torch.bool else t.float() for t in found)
             return masks, scores, logits
         model, points = self.model, None if point_coords is None else (point_coords, point_labels)

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Until Ctrl-C."""
     checkpoint = find_checkpoint(args.model, args.checkpoint)
-    if args.keep_ratio < 0.01:
+    keep_ratio = round(args.keep_ratio, 2)  # as the page asks for it
+    if keep_ratio < 0.01:
         raise UsageError("the keep ratio of the page lies between 0.01 and 1")
     try:
         from ..demo import page
@@ -36,10 +37,10 @@ def run(args: argparse.Namespace) -> None:
     def build() -> Sam:
         sam = sam_model_registry[args.model](checkpoint, **builder_options(args))
         if (engine := sam.image_encoder.engine) is not None:
-            engine.only = frozenset((args.keep_ratio, 1.0))  # the slider's other places would each be compiled
+            engine.only = frozenset((keep_ratio, 1.0))  # the slider's other places would each be compiled
         return sam
 
     listener = page.bind(args.host, args.port)
     segmenter = Segmenter(build)
-    segmenter.warm_up(args.keep_ratio)
-    page.serve(page.build_app(segmenter, args.model, args.keep_ratio), listener)
+    segmenter.warm_up(keep_ratio)
+    page.serve(page.build_app(segmenter, args.model, keep_ratio), listener)

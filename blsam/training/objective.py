@@ -253,9 +253,10 @@ class TrainedSam(nn.Module):
         for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
             if not len(masks):  # or damaged
                 continue
+            h, w = masks.shape[-2:]
             clicks = first_clicks(masks, torch.Generator().manual_seed(key), self._pixels)
             for name, points, given in (("box", None, boxes), ("click", clicks, None)):
-                logits, scores = self._answers(embedding[None], *masks.shape[-2:], points, given, three=True)
+                logits, scores = self._answers(embedding[None], h, w, points, given, three=True)
                 best = logits[torch.arange(len(masks)), scores.argmax(1)]
                 found[name] += mask_iou(best[:, None], masks)[:, 0].tolist()
         if batch.target is not None:

@@ -110,16 +110,18 @@ class App {
   }
 
   async encode() {
-    this.times.set(this.keep, await this.ask("encode", this.settings));
+    const taken = await this.ask("encode", this.settings);
+    this.times.set(this.keep, taken);
     this.render();
+    return taken.seconds;
   }
 
   async setKeep(keep) {
     this.keep = keep;
     await this.work("Encoding again", async () => {
-      await this.encode();
+      const seconds = await this.encode();
       await this.background();
-      this.say(`Keep ratio ${keep.toFixed(2)}: the encoder took ${ms(this.times.get(keep).seconds)}.`);
+      this.say(`Keep ratio ${keep.toFixed(2)}: the encoder took ${ms(seconds)}.`);
     });
     if (this.now.points.length || this.now.box) await this.refresh();
     else this.showPrompt();
