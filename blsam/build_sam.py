@@ -33,8 +33,8 @@ def build_sam(
     Args:
         config: a row of `MODELS`, or one of your own.
         checkpoint: a file of torch's or safetensors, ours or SAM's; None: random weights, as in SAM.
-        image_size: side of the square input in pixels, a multiple of 16. None: what the checkpoint is run at, 1024
-            without. Positions are resampled when it differs from theirs.
+        image_size: side of the square input in pixels, a multiple of 16. None: that of the checkpoint, 1024 without.
+            Positions are resampled when it differs from the checkpoint's.
         keep_ratio: share of the tokens that run through the wide blocks (exact models have no use for it); None: the
             model's own, 0.25 of a bLSAM. What it means to a model of `REDUCED`, its rule says.
         dtype: what the encoder's products are computed and its weights held in, "float32", "bfloat16" (half the
@@ -54,10 +54,10 @@ def build_sam(
     runtime, compute = resolve_for(config, runtime, dtype, device)
     state = None
     if checkpoint is not None:
-        state, metadata = ckpt.read(checkpoint, config)
+        state, _ = ckpt.read(checkpoint, config)
         ckpt.check_fits(state, config, str(checkpoint))
     if image_size is None:
-        image_size = 1024 if state is None else ckpt.run_size_of(state, metadata)
+        image_size = 1024 if state is None else ckpt.image_size_of(state)
 
     side = image_size // PATCH * config.grow
     sam = Sam(

@@ -25,10 +25,8 @@ from .files import is_file, printable, write_atomically
 from .modeling.attention import resampled
 from .modeling.image_encoder import ADDED as ADDED_TO_ENCODER
 from .modeling.windows import PATCH
-from .options import MOST_PIXELS
 
 SUFFIXES = (".safetensors", ".pth", ".pt")  # that are written
-RUN_AT = "run_at"  # in the metadata of a file
 # The keys that SAM does not have, by what adds them, and all of them; all others keep SAM's names.
 ADDED = {what: re.compile(r"image_encoder\." + names) for what, names in ADDED_TO_ENCODER.items()}
 NEW = re.compile("|".join(keys.pattern for keys in ADDED.values()))
@@ -71,20 +69,6 @@ def checked_path(path: str | Path) -> Path:
 def image_size_of(state: State) -> int:
     """The image size in pixels that a checkpoint was made for: 16 x the side of its `pos_embed`."""
     return PATCH * state["image_encoder.pos_embed"].shape[1]
-
-
-def run_size_of(state: State, metadata: Mapping[str, str]) -> int:
-    """The image size that a checkpoint is run at where none is asked for: what its metadata says under `RUN_AT`, where
-    masks are best at another size than it learnt at; else `image_size_of` its positions."""
-    said = metadata.get(RUN_AT)
-    if said is None:
-        return image_size_of(state)
-    if not (said.isdecimal() and len(said) < 9 and PATCH <= int(said) <= MOST_PIXELS and int(said) % PATCH == 0):
-        raise CheckpointError(
-            f"the checkpoint says that it is run at {printable(said)!r}, which is not a multiple of {PATCH} up to "
-            f"{MOST_PIXELS}; say which image size is meant"
-        )
-    return int(said)
 
 
 def check_fits(state: State, config: EncoderConfig, source: str) -> None:

@@ -146,30 +146,6 @@ def test_other_dtypes_are_cast_to_the_models(tmp_path, dtype, suffix):
         assert value.dtype == torch.float32 and torch.equal(value, expected), key
 
 
-def test_the_image_size_that_a_file_is_run_at(tmp_path):
-    """Positions stay those that were learnt, so that the size of training can be had back to the bit."""
-    sam, path = make(), tmp_path / "at_224.safetensors"
-    ckpt.save(path, sam.state_dict(), {ckpt.RUN_AT: "224"})
-    found = build_sam(TINY, path)
-    assert found.image_encoder.img_size == 224 and found.prompt_encoder.input_image_size == (224, 224)
-    expected = build_sam(TINY, image_size=224)
-    ckpt.load(expected, TINY, sam.state_dict())
-    for key, value in found.state_dict().items():
-        assert torch.equal(value, expected.state_dict()[key]), key
-    for key, value in build_sam(TINY, path, image_size=160).state_dict().items():
-        assert torch.equal(value, sam.state_dict()[key]), key
-
-
-@pytest.mark.parametrize("said", ["", "0", "100", "-160", "1e3", "x\ny", "9" * 30])
-def test_a_size_to_run_at_that_is_none_is_named(tmp_path, said):
-    path = tmp_path / "odd.safetensors"
-    ckpt.save(path, make().state_dict(), {ckpt.RUN_AT: said})
-    with pytest.raises(ckpt.CheckpointError, match="run at") as error:
-        build_sam(TINY, path)
-    assert "\n" not in str(error.value)
-    assert build_sam(TINY, path, image_size=160).image_encoder.img_size == 160
-
-
 def test_another_image_size_resamples_positions_only():
     state = make().state_dict()
     larger = build_sam(TINY, image_size=224)

@@ -102,7 +102,7 @@ def describe_file(
     path: Path, state: dict[str, torch.Tensor], metadata: dict[str, str], fits: list[Fit]
 ) -> dict[str, Any]:
     """What there is to say of a checkpoint."""
-    from ..checkpoint import image_size_of, run_size_of
+    from ..checkpoint import image_size_of
 
     kinds = sorted({str(value.dtype).removeprefix("torch.") for value in state.values()})
     return {
@@ -112,7 +112,6 @@ def describe_file(
         "parameters": sum(value.numel() for value in state.values()),
         "dtypes": kinds,
         "image_size": image_size_of(state),
-        "run_at": run_size_of(state, metadata),
         "fits": [fit.model for fit in fits if not fit.new],
         "is_a_start_for": {fit.model: fit.new for fit in fits if fit.new},
         "metadata": {key: plain(value) for key, value in metadata.items()},
@@ -133,8 +132,7 @@ def as_text(path: Path, info: dict[str, Any]) -> str:
     lines = [
         f"{path}: {info['megabytes']:g} MB, sha256 {info['sha256']}",
         f"holds   {info['parameters'] / 1e6:.1f} M numbers in {info['tensors']} tensors, {', '.join(info['dtypes'])}; "
-        f"made for images of {info['image_size']}"
-        + (f", run at {info['run_at']}" if info["run_at"] != info["image_size"] else ""),
+        f"made for images of {info['image_size']}",
         f"fits    {', '.join(info['fits']) or 'no model as it is'}",
     ]
     for model, new in info["is_a_start_for"].items():
@@ -157,7 +155,7 @@ def convert(
     import torch
 
     from ..build_sam import build_sam
-    from ..checkpoint import RUN_AT, image_size_of, load, save
+    from ..checkpoint import image_size_of, load, save
 
     fit = chosen(args.model, fits)
     config = CONFIGS[fit.model]
@@ -167,8 +165,6 @@ def convert(
     facts = metadata if metadata.get("model") == config.name else {}
     if facts.get("image_size") != str(sam.image_encoder.img_size):  # measured at another size
         facts = {key: value for key, value in facts.items() if key != "calibration"}
-    if args.image_size:
-        facts = {key: value for key, value in facts.items() if key != RUN_AT}
     facts = facts | {"model": config.name, "image_size": str(sam.image_encoder.img_size)}
     half = args.half or {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float16}
     save(args.output, sam.state_dict(), facts, torch.float16 if half else None)

@@ -27,23 +27,6 @@ def test_info(tmp_path, capsys):
     assert info["metadata"]["model"] == "vit_t"
 
 
-def test_a_size_to_run_at_stays_with_the_positions(tmp_path, capsys):
-    from blsam.checkpoint import save
-
-    state, metadata = read(SHIPPED)
-    first, second, third = (tmp_path / f"{name}.safetensors" for name in "abc")
-    save(first, state, metadata | {"run_at": "768"})
-    assert main(["convert", str(first), "-o", str(second)]) == 0
-    copied, facts = read(second)
-    assert facts["run_at"] == "768" and facts["image_size"] == "512"
-    assert all(torch.equal(copied[key], value) for key, value in state.items())
-    assert main(["convert", str(second), "--info", "--json", str(tmp_path / "info.json")]) == 0
-    assert "made for images of 512, run at 768" in capsys.readouterr().out
-    assert json.loads((tmp_path / "info.json").read_text())["run_at"] == 768
-    assert main(["convert", str(second), "--image-size", "640", "-o", str(third)]) == 0
-    assert "run_at" not in read(third)[1] and read(third)[1]["image_size"] == "640"
-
-
 def test_info_shows_what_calibration_reported(tmp_path, capsys):
     from blsam.checkpoint import save
 
