@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every evaluation figure of docs/evaluation.md, measured again and compared with what is committed.
 #
-#     BLSAM_DATA=DATA scripts/evaluate_shipped.sh [NAME...]      # about an hour and a half on two cores
+#     BLSAM_DATA=DATA scripts/evaluate_shipped.sh [NAME...]      # a row takes some minutes
 #     UPDATE=1 scripts/evaluate_shipped.sh [NAME...]             # make the measured figures the expected ones
 #
 # DATA holds coco/instances_val2017.json, coco/val2017/, lvis/lvis_v0.5_val.json and lvis/val2017/.
