@@ -147,7 +147,8 @@ class Attention(_Attention):
         """The form of the product for these projections."""
         size = num_windows(*self._reach(grid), self.pool)  # of the keys' grid
         gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (q, self.rel_pos_h, self.rel_pos_w))
-        form = self.form or choose_form(q.dtype, q.device, gradient, math.prod(size))
+        count, asking = math.prod(size), q.numel() // self.inner
+        form = self.form or choose_form(q.dtype, q.device, gradient, count, self.num_heads * asking * count)
         return FORMS[form](size, self.inner // self.num_heads)
 
     def _reach(self, grid: torch.Size) -> tuple[int, int]:

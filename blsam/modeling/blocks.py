@@ -51,8 +51,7 @@ class Block(_Block):
 
     def attention(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
         """What attention adds to all tokens, [B, ..., C] -> the same shape, or to the given ones: -> [P, C]."""
-        normalised = self.norm1(x)
-        return self.attn(normalised) if queries is None else self.attn(normalised, queries)
+        return _attention(self, x, queries)
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the feed-forward part adds, to tokens in any shape: [..., C] -> [..., C]."""
@@ -65,6 +64,11 @@ class Block(_Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.dense(x)
+
+
+def _attention(block: Block | EBlock, x: torch.Tensor, queries: Queries | None) -> torch.Tensor:
+    normalised = block.norm1(x)
+    return block.attn(normalised) if queries is None else block.attn(normalised, queries)
 
 
 class EBlock(nn.Module):
@@ -88,9 +92,9 @@ class EBlock(nn.Module):
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
 
-    def attention(self, x: torch.Tensor) -> torch.Tensor:
-        """What attention adds to all tokens: [B, ..., C] -> the same shape."""
-        return self.attn(self.norm1(x))
+    def attention(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
+        """What attention adds, as a block's."""
+        return _attention(self, x, queries)
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the feed-forward part adds, to tokens in any shape: [..., C] -> [..., C]."""

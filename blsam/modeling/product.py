@@ -23,6 +23,7 @@ from .windows import exporting
 
 BLOCK = 2**21  # logits that the blocked form holds at a time: 8 MB, so that the passes over them stay in the cache
 FEW = 196  # keys, those of a window of 14 x 14, up to which training in bfloat16 on a CPU is fastest with all weights held
+HELD = 2**27  # weights, 256 MB of them, up to which it does so with more keys
 ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
 Keys = tuple[torch.Tensor, torch.Tensor]
@@ -103,16 +104,16 @@ class Blocked(Plain):
 FORMS: dict[str, type[Plain]] = {"plain": Plain, "folded": Folded, "blocked": Blocked}
 
 
-def choose_form(dtype: torch.dtype, device: torch.device, gradient: bool, count: int) -> str:
+def choose_form(dtype: torch.dtype, device: torch.device, gradient: bool, count: int, weights: int) -> str:
     """The form that was measured to be the fastest: blocked in float32 on a CPU, folded elsewhere and in training.
 
-    Exports are plain, and training in bfloat16 on a CPU where the keys are few, as in windows: the backward pass of
-    torch's fused attention takes up to twice as long there. `gradient`: whether any input of the product needs one;
-    `count`: of keys.
+    Exports are plain, and training in bfloat16 on a CPU where the keys are few, as in windows, or all weights of attention
+    fit into little memory: forward and backward, torch's fused attention takes up to twice as long there. `gradient`:
+    whether any input of the product needs one; `count`: of keys; `weights`: of all heads, queries and keys.
     """
     if exporting():
         return "plain"
-    if gradient and dtype == torch.bfloat16 and device.type == "cpu" and count <= FEW:
+    if gradient and dtype == torch.bfloat16 and device.type == "cpu" and (count <= FEW or weights <= HELD):
         return "plain"
     if dtype != torch.float32 or device.type not in ("cpu", "meta") or gradient:
         return "folded"

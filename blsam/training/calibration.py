@@ -8,7 +8,7 @@
    several keep ratios.
    Kept only if held-out photos say that it helps.
 
-No gradient passes through more than one stage. Both streams lie on disk, so memory does not grow with the number of
+No gradient passes through more than one stage. The streams lie on disk, so memory does not grow with the number of
 photos. After every layer and stage the state is written; a run that was killed goes on from there and ends with the
 same weights, bit for bit on a CPU (torch's deterministic algorithms are asked for).
 """
@@ -19,7 +19,6 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import write_atomically
-from ..modeling.blocks import EBlock, RoutedBlock
-from ..modeling.routing import ImportancePredictor
+from ..modeling.blocks import EBlock, RoutedBlock, take
+from ..modeling.routing import ImportancePredictor, Stage
 from ..modeling.staged import Staged
 from ..precision import products_in
 from .descent import Descent
@@ -41,9 +40,11 @@ from .streams import Streams
 HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
 STEPS = 100  # of a fit
 TOKENS = 2**11  # of a step; larger photos are taken one by one, in fewer steps
+WIDE = 384  # channels, of models whose stages are fitted in half as many steps, on fewer photos
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
 STARTS = 32  # photos that the closed-form starts look at, more where that many hold few tokens
-START_ROWS = 2**15  # tokens of theirs that are regressed on
+START_QUERIES = 2**13  # tokens of theirs that attention is regressed on
+START_ROWS = 2**15  # and the feed-forward part
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
@@ -66,12 +67,13 @@ class Settings:
     seed: int = 0
     dtype: str = "auto"  # of the fits' products; weights and streams are float32
 
-    def of_tokens(self, tokens: int) -> tuple[int, int, int]:
-        """steps, stage_steps and batch_size for photos of so many tokens: a run sees about as many of them (`STEPS` times
-        `TOKENS`, twice that in a stage) whatever a photo holds."""
+    def of_tokens(self, tokens: int, width: int) -> tuple[int, int, int]:
+        """steps, stage_steps and batch_size for photos of so many tokens, so wide: a run sees about as many of them
+        (`STEPS` times `TOKENS`, in a stage of a small model twice that) whatever a photo holds."""
         batch = self.batch_size or max(1, TOKENS // tokens)
         steps = min(STEPS, -(-STEPS * TOKENS // (batch * tokens))) if self.steps is None else self.steps
-        return steps, 2 * steps if self.stage_steps is None else self.stage_steps, batch
+        of_stage = steps if width >= WIDE else 2 * steps
+        return steps, of_stage if self.stage_steps is None else self.stage_steps, batch
 
 
 class Calibration:
@@ -103,7 +105,7 @@ class Calibration:
             tokens = model.stem(inputs(0)[0][None])
         self.device = tokens.device
         self.streams = Streams(folder, count, tokens.shape[1:-1], tokens.shape[-1], self.device)
-        self.steps, self.stage_steps, self.batch_size = settings.of_tokens(self.streams.tokens)
+        self.steps, self.stage_steps, self.batch_size = settings.of_tokens(self.streams.tokens, tokens.shape[-1])
         decided = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
         self.identity = json.dumps(asdict(settings) | decided) + identity
         self.sizes = [inputs(i)[1] for i in range(count)]
@@ -111,6 +113,7 @@ class Calibration:
         self.blocks = {i: block for i, block in enumerate(self.model.blocks) if isinstance(block, RoutedBlock)}
         self.layers = list(self.blocks)
         self.fits: dict[str, float] = {}
+        self.dense: dict[int, torch.Tensor] = {}  # what the dense model makes of held-out photos, once computed
         self.branches = branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += len(self.model.predictors) * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
@@ -158,7 +161,6 @@ class Calibration:
         for i in range(start, config.depth):
             block, before, after = model.blocks[i], f"dense-{i}", f"dense-{i + 1}"
             stage = config.stage_of(i)
-            kept = [after, f"scored-{stage}", f"residual-{i + 1}"]
             if not isinstance(block, RoutedBlock):
                 self._write_through(block, before, after)
             else:
@@ -167,13 +169,10 @@ class Calibration:
                 self._report(i, began)
             if stage is not None and (i in config.predictor_layers or i == config.depth - 1):
                 self._fit_predictor(stage, f"residual-{i + 1}")
-            if i in config.predictor_layers:
-                new = 0 if stage is None else stage + 1
-                for name in [f"scored-{new}", *(["dense-start"] if new == 0 else [])]:
-                    self._write_through(nn.Identity(), after, name)
+            if i in config.predictor_layers or i == config.depth - 1:
+                self._write_through(nn.Identity(), after, f"goal-{0 if stage is None else stage + 1}")
                 streams.write(f"residual-{i + 1}", lambda j: torch.zeros(streams.places), channels=1)
-                kept.append(f"scored-{new}")
-            self._save(1, i + 1, kept)
+            self._save(1, i + 1, (after, f"residual-{i + 1}"))
 
     def _write_through(self, layer: Callable[[torch.Tensor], torch.Tensor], source: str, name: str) -> None:
         """What a layer makes of one stream, as another."""
@@ -184,24 +183,23 @@ class Calibration:
         streams, e, seed, tokens = self.streams, block.e_block, self.settings.seed, self.streams.tokens
         before, middle, after = f"dense-{i}", f"middle-{i}", f"dense-{i + 1}"
 
-        starts = min(max(STARTS, START_ROWS // tokens), len(self.fitted))  # photos
-        stride = -(-starts * tokens // START_ROWS)
-
-        def some(name: str) -> torch.Tensor:
-            return streams.read(name, self.fitted[:: -(-len(self.fitted) // starts)])
+        starts = min(max(STARTS, START_ROWS // tokens), len(self.fitted))
+        photos = self.fitted[:: -(-len(self.fitted) // starts)]
 
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
-            start_attention(e.attn, block.attn, block.norm1(some(before)), stride)
+            queries = block.prime(self._sample(photos, START_QUERIES, [seed, 0, i]))
+            start_attention(e.attn, block.attn, block.norm1(streams.read(before, photos)), queries)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
-            self.fits[f"{i}.attention"] = self._fit_attention(e, of_attention, before, [seed, 1, i, 0])
+            self.fits[f"{i}.attention"] = self._fit_attention(block, e, of_attention, before, [seed, 1, i, 0])
         left = self._left_over(lambda j: None if e is None else e.attention(streams.read(before, j)))
         streams.write(middle, lambda j: streams.read(before, j) + streams.read("target", j))
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
             e.norm2.load_state_dict(block.norm2.state_dict())
-            start_feed_forward(e, block, block.norm2(some(middle)).flatten(0, -2)[::stride])
+            stride = -(-len(photos) * tokens // START_ROWS)
+            start_feed_forward(e, block, block.norm2(streams.read(middle, photos)).flatten(0, -2)[::stride])
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
         more = self._left_over(lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
@@ -209,6 +207,12 @@ class Calibration:
             f"residual-{i + 1}", lambda j: streams.read(f"residual-{i}", j)[0, ..., 0] + left[j] + more[j], channels=1
         )
         streams.write(after, lambda j: streams.read(middle, j) + streams.read("target", j))
+
+    def _sample(self, photos: np.ndarray, count: int, seed: list[int]) -> Stage:
+        """So many tokens of photos at random, as many in every window; all, if they are not more."""
+        order = np.random.default_rng(seed).random((len(photos), *self.streams.places), np.float32)
+        places = torch.from_numpy(order).to(self.device)
+        return self.model.choose(places, places, count / places.numel(), [self.sizes[j] for j in photos])
 
     def _left_over(self, branch: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor]:
         """Squared distance between target and branch for every token of every photo: [*T] each."""
@@ -238,7 +242,7 @@ class Calibration:
 
         def loss(step: int) -> torch.Tensor:
             chosen = rng.integers(len(places), size=2 * TOKENS)
-            x = self.streams.rows(f"scored-{stage}", places[chosen])
+            x = self.streams.rows(f"goal-{stage}", places[chosen])
             with torch.autocast(x.device.type, enabled=False):  # float32, as the predictor itself
                 return F.cross_entropy(predictor.linear(predictor.norm(x)), labels[chosen].long(), weight)
 
@@ -248,22 +252,18 @@ class Calibration:
 
     @torch.no_grad()
     def _correct(self, start: int) -> None:
-        """Both streams stage by stage from `start` on: the student's E-branches learn to come out where the dense does."""
-        streams = self.streams
+        """The student's stream stage by stage from `start` on: its E-branches learn to come out where the dense does."""
         if start == 0:
-            streams.write("student-0", lambda j: streams.read("dense-start", j))
-            streams.write("goal-0", lambda j: streams.read("dense-start", j))
+            self._write_through(nn.Identity(), "goal-0", "student-0")
         for number in range(start, len(self.model.predictors)):
             began = time.perf_counter()
-            dense = partial(self.model.run_stage, number=number)
-            self._write_through(dense, f"goal-{number}", f"goal-{number + 1}")
             loss = self._fit_stage(number)
             self._write_routed(number)
             self.progress(
                 f"pass 3, stage {number}: error {loss:.4f}, {time.perf_counter() - began:.1f} s",
                 0.5 + (number + 1) / len(self.model.predictors) / 2,
             )
-            self._save(3, number + 1, (f"goal-{number + 1}", f"student-{number + 1}"))
+            self._save(3, number + 1, (f"student-{number + 1}",))
 
     def _write_routed(self, number: int) -> None:
         """The student's stream after a stage."""
@@ -303,13 +303,14 @@ class Calibration:
     # --- fitting one branch -------------------------------------------------------------------------------------
 
     @torch.enable_grad()
-    def _fit_attention(self, e: EBlock, parameters: list, source: str, seed: list[int]) -> float:
-        """An E-branch's attention to "target", on whole photos; the share of the target that it explains in the end."""
+    def _fit_attention(self, block: RoutedBlock, e: EBlock, parameters: list, source: str, seed: list[int]) -> float:
+        """An E-branch's attention to "target", for tokens of whole photos; the share that it explains in the end."""
 
         def loss(step: int) -> torch.Tensor:
             photos = self._draw(np.random.default_rng([*seed, step]))
-            target = self.streams.read("target", photos)
-            d_e = e.attention(self.streams.read(source, photos)).view(target.shape)
+            queries = block.prime(self._sample(photos, TOKENS, [*seed, step, 1]))
+            target = take(self.streams.read("target", photos).flatten(0, -2), queries)
+            d_e = e.attention(self.streams.read(source, photos), queries).flatten(0, -2)
             return (d_e - target).square().sum() / target.square().sum()
 
         return 1 - self.descent.fit(parameters, loss, self.steps, self.settings.lr, WEIGHTS["attention"])
@@ -351,9 +352,10 @@ class Calibration:
         for j in self.held_out:
             x, size = self.inputs(j)
             real = self._real([size])
-            dense = self._dense(x[None])
+            if j not in self.dense:
+                self.dense[j] = self._dense(x[None])
             ours = [self.model.compared(self.model.run(x[None], k, [size], None)[0]) for k in keep_ratios]
-            found.append([1 - cosine_distance(one, dense)[real].mean().item() for one in ours])
+            found.append([1 - cosine_distance(one, self.dense[j])[real].mean().item() for one in ours])
         return np.mean(found, axis=0).tolist()
 
     def _learnt(self) -> dict[str, torch.Tensor]:
@@ -367,7 +369,7 @@ class Calibration:
         state = {"pass": number, "layer": layer, "identity": self.identity, "fits": self.fits}
         state |= {"weight_done": self.descent.done, "seconds": self.descent.seconds, "learnt": self._learnt()}
         write_atomically(self.folder / "state.pt", lambda path: torch.save(state, path))
-        self.streams.keep_only([*streams, "dense-start"])
+        self.streams.keep_only([*streams, *(f"goal-{n}" for n in range(len(self.model.predictors) + 1))])
         return state
 
     def _resume(self) -> dict[str, Any]:
@@ -391,30 +393,32 @@ class Calibration:
         fits = [f"{name.split('.')[1]} {fit:.3f}" for name, fit in self.fits.items() if name.startswith(f"{layer}.")]
         seconds = time.perf_counter() - began
         self.progress(", ".join([f"pass 1, layer {layer}", *fits, f"{seconds:.1f} s"]), done)
-        if layer == self.layers[0]:
-            self.note(self._estimate(seconds))
+        if layer == next((i for i, block in self.blocks.items() if block.e_block is not None), self.layers[0]):
+            self.note(self._estimate(layer, seconds))
 
-    def _estimate(self, seconds: float) -> str:
-        """How long the whole run takes, from the seconds of the first routed layer and of one photo in each kind."""
-        x = self.streams.read(f"dense-{self.layers[0]}", 0)
-        windows = {i: self.blocks[i].window_size for i in self.layers}
+    def _estimate(self, first: int, seconds: float) -> str:
+        """How long the whole run takes, from the seconds of the first layer with an E-branch and of one photo in each
+        kind of layer."""
+        x = self.streams.read(f"dense-{first}", 0)
+        wide = {block.window_size: block for block in self.blocks.values()}
 
-        def through() -> tuple[float, float]:
-            """Seconds of a photo through all layers, and that in layers like the first."""
-            cost: dict[int, float] = {}
-            for i, window in windows.items():
-                if window not in cost:
-                    self.blocks[i].dense(x).sum().item()  # once to warm up; .item() waits for the device
-                    began = time.perf_counter()
-                    self.blocks[i].dense(x).sum().item()
-                    cost[window] = time.perf_counter() - began
-            return sum(map(cost.__getitem__, windows.values())), cost[windows[self.layers[0]]]
+        def through() -> dict[int, float]:
+            """Seconds of a photo in the wide part of every layer."""
+            cost = {}
+            for window, block in wide.items():
+                block.dense(x).sum().item()  # once to warm up; .item() waits for the device
+                began = time.perf_counter()
+                block.dense(x).sum().item()
+                cost[window] = time.perf_counter() - began
+            return {i: cost[block.window_size] for i, block in self.blocks.items()}
 
-        exact, of_first = through()
+        exact = through()
         with products_in(self.descent.dtype, self.device):
-            fast, _ = through()
-        steps = 4 * self.stage_steps * self.batch_size  # forward and back, both branches
-        minutes = (seconds * exact / of_first + steps * fast + 2 * self.count * exact) / 60
+            fast = sum(through().values())
+        layers = sum(c for i, c in exact.items() if self.blocks[i].e_block is not None or i == first) / exact[first]
+        steps = self.stage_steps * self.batch_size  # forward and back they take about what a dense pass does
+        # beside: both streams of all photos
+        minutes = (seconds * layers + steps * fast + 2 * self.count * sum(exact.values())) / 60
         if self.settings.minutes is None or minutes <= self.settings.minutes:
             return f"about {minutes:.0f} minutes in all"
         return f"about {minutes:.0f} minutes without the limit of {self.settings.minutes:g}: fewer steps of every fit"

@@ -19,8 +19,9 @@ import copy
 import torch
 
 from ..modeling.attention import Attention
-from ..modeling.blocks import Block, EBlock
+from ..modeling.blocks import Block, EBlock, take
 from ..modeling.classifier import TokenAttention
+from ..modeling.routing import Queries
 
 SKETCH = 64  # directions of the tokens that heads are chosen by
 SWEEPS = 4  # over the heads whose values are fitted in turn
@@ -30,43 +31,51 @@ AnyAttention = Attention | TokenAttention
 
 
 @torch.no_grad()
-def start_attention(narrow: AnyAttention, wide: AnyAttention, x: torch.Tensor, stride: int = 1) -> None:
+def start_attention(narrow: AnyAttention, wide: AnyAttention, x: torch.Tensor, queries: Queries | None = None) -> None:
     """Set the weights of `narrow` from those of `wide`; x [B, *T, dim], whole photos as both see them (normalised).
 
-    Every `stride`-th token is regressed on, which bounds the memory.
+    queries: the tokens that are regressed on, None for all; all tokens answer. That bounds memory and time.
     """
-    rows = x.flatten(0, -2)[::stride].cpu().double()
+    rows = take(x.flatten(0, -2), queries).cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    target = wide(x).flatten(0, -2)[::stride].cpu().double()
+    target = _asked(copy.deepcopy(wide), x, queries)
     chosen = list(range(wide.num_heads))
     if narrow.num_heads < wide.num_heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
-        seen = [_gathered(wide, h, x)[::stride].cpu().double() @ main for h in chosen]
+        seen = _gathered(wide, x, queries, main)
         chosen = _choose(seen, target - target.mean(0), narrow.num_heads)
     _cut_logits(narrow, wide, chosen, mean, moment)
-    seen = [_gathered(narrow, e, x)[::stride].cpu().double() for e in range(narrow.num_heads)]
+    seen = _gathered(narrow, x, queries, torch.eye(len(mean), dtype=mean.dtype))
     _fit_values(narrow, wide, chosen, seen, target)
 
 
-def _gathered(attention: AnyAttention, head: int, x: torch.Tensor) -> torch.Tensor:
-    """The tokens as a head's pattern gathers them, softmax(logits) x: [B, *T, dim] -> [tokens, dim].
+def _asked(attention: AnyAttention, x: torch.Tensor, queries: Queries | None) -> torch.Tensor:
+    """What an attention of our own gives the queries when all tokens answer: [P, C] float64 on the CPU."""
+    attention.semi_cross = True
+    return (attention(x) if queries is None else attention(x, queries)).flatten(0, -2).cpu().double()
 
-    By the attention itself, every head made this one, the values a piece of the tokens each.
+
+def _gathered(
+    attention: AnyAttention, x: torch.Tensor, queries: Queries | None, directions: torch.Tensor
+) -> list[torch.Tensor]:
+    """The tokens as each head's pattern gathers them, softmax(logits) x, along r directions [dim, r]: [P, r] a head.
+
+    By the attention itself, whose values are made as many directions at a time as a head has channels.
     """
-    d, dim = attention.inner // attention.num_heads, x.shape[-1]
-    heads = -(-dim // d)
-    probe = copy.deepcopy(attention)
-    probe.num_heads, probe.inner = heads, heads * d
-    probe.qkv = torch.nn.Linear(dim, 3 * heads * d, device=x.device)
-    probe.proj = torch.nn.Linear(heads * d, dim, device=x.device)
-    weight = attention.qkv.weight.view(3, attention.num_heads, d, dim)[:2, head]
-    bias = attention.qkv.bias.view(3, attention.num_heads, d)[:2, head]
-    pieces = torch.eye(heads * d, dim, device=x.device)
-    probe.qkv.weight.copy_(torch.cat([weight.repeat(1, heads, 1).flatten(0, 1), pieces]))
-    probe.qkv.bias.copy_(torch.cat([bias.repeat(1, heads).flatten(), pieces.new_zeros(heads * d)]))
-    probe.proj.weight.copy_(pieces.T)
-    probe.proj.bias.zero_()
-    return probe(x).flatten(0, -2)
+    heads, inner, dim = attention.num_heads, attention.inner, x.shape[-1]
+    probe, found = copy.deepcopy(attention), []
+    probe.qkv = torch.nn.Linear(dim, 3 * inner, device=x.device)
+    probe.qkv.weight.copy_(attention.qkv.weight)
+    probe.qkv.bias.copy_(attention.qkv.bias)
+    probe.qkv.bias[2 * inner :] = 0
+    probe.proj = torch.nn.Identity()
+    for piece in directions.split(inner // heads, dim=1):
+        values = probe.qkv.weight[2 * inner :].view(heads, -1, dim)
+        values.zero_()
+        values[:, : piece.shape[1]] = piece.T.to(values)
+        seen = _asked(probe, x, queries).unflatten(1, (heads, -1))  # [P, inner] -> [P, heads, d]
+        found.append(seen[..., : piece.shape[1]])
+    return list(torch.cat(found, dim=-1).unbind(1))
 
 
 def _choose(seen: list[torch.Tensor], target: torch.Tensor, count: int) -> list[int]:

@@ -64,19 +64,20 @@ def test_gradients_are_those_of_the_formula(name):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device", "gradient", "count", "form"),
+    ("dtype", "device", "gradient", "count", "weights", "form"),
     [
-        (torch.float32, "cpu", False, 64, "blocked"),
-        (torch.float32, "cpu", True, 64, "folded"),
-        (torch.bfloat16, "cpu", False, 64, "folded"),
-        (torch.bfloat16, "cpu", True, 64, "plain"),
-        (torch.bfloat16, "cpu", True, 4096, "folded"),
-        (torch.bfloat16, "cuda", True, 64, "folded"),
-        (torch.float32, "cuda", False, 64, "folded"),
+        (torch.float32, "cpu", False, 64, 2**12, "blocked"),
+        (torch.float32, "cpu", True, 64, 2**12, "folded"),
+        (torch.bfloat16, "cpu", False, 64, 2**12, "folded"),
+        (torch.bfloat16, "cpu", True, 64, 2**30, "plain"),
+        (torch.bfloat16, "cpu", True, 4096, 2**26, "plain"),
+        (torch.bfloat16, "cpu", True, 4096, 2**28, "folded"),
+        (torch.bfloat16, "cuda", True, 64, 2**12, "folded"),
+        (torch.float32, "cuda", False, 64, 2**12, "folded"),
     ],
 )
-def test_the_form_is_chosen_by_dtype_device_gradient_and_keys(dtype, device, gradient, count, form):
-    assert choose_form(dtype, torch.device(device), gradient, count) == form
+def test_the_form_is_chosen_by_dtype_device_gradient_and_sizes(dtype, device, gradient, count, weights, form):
+    assert choose_form(dtype, torch.device(device), gradient, count, weights) == form
 
 
 @pytest.mark.parametrize("name", ["plain", "folded"])

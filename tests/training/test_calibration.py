@@ -15,7 +15,7 @@ def test_the_predictors_are_fitted_in_float32(tmp_path, monkeypatch):
     sam = sam_model_registry["blsam_vit_t"](image_size=128)
     settings = Settings(steps=3, dtype="bfloat16")
     run = Calibration(sam.image_encoder, lambda i: (torch.zeros(3, 128, 128), (128, 96)), 4, settings, tmp_path)
-    run.streams.write("scored-0", lambda i: torch.randn(8, 8, 192))
+    run.streams.write("goal-0", lambda i: torch.randn(8, 8, 192))
     run.streams.write("residual-1", lambda i: torch.rand(8, 8), channels=1)
     seen, cross_entropy = [], F.cross_entropy
 
@@ -37,9 +37,13 @@ def test_the_predictors_are_fitted_in_float32(tmp_path, monkeypatch):
     [(64, (100, 200, 32)), (196, (100, 200, 10)), (1024, (100, 200, 2)), (4096, (50, 100, 1)), (9216, (23, 46, 1))],
 )
 def test_a_run_sees_as_many_tokens_whatever_a_photo_holds(tokens, expected):
-    assert Settings().of_tokens(tokens) == expected
+    assert Settings().of_tokens(tokens, 192) == expected
+
+
+def test_the_stages_of_wide_models_are_fitted_in_half_as_many_steps():
+    assert Settings().of_tokens(4096, 768) == (50, 50, 1)
 
 
 def test_what_is_asked_for_is_not_changed():
-    assert Settings(steps=7, batch_size=3).of_tokens(4096) == (7, 14, 3)
-    assert Settings(steps=0, stage_steps=5).of_tokens(1024) == (0, 5, 2)
+    assert Settings(steps=7, batch_size=3).of_tokens(4096, 192) == (7, 14, 3)
+    assert Settings(steps=0, stage_steps=5).of_tokens(1024, 768) == (0, 5, 2)

@@ -1,16 +1,19 @@
 """Closed-form starts of narrow blocks: exact where nothing has to be cut, near where the wide block is of low rank."""
 
+import copy
+
 import pytest
 import torch
 from skimage import data
 
 from blsam import SamPredictor, sam_model_registry
-from blsam.modeling.attention import Attention
+from blsam.modeling.attention import Attention, cell_means
 from blsam.modeling.blocks import RoutedBlock
 from blsam.modeling.image_encoder import build_block
+from blsam.modeling.routing import route
 from blsam.options import shipped_checkpoint
-from blsam.training.starts import start_attention, start_feed_forward
-from tests.helpers import TINY, randomize
+from blsam.training.starts import _gathered, start_attention, start_feed_forward
+from tests.helpers import TINY, gap, randomize
 
 
 def explained(found, expected):
@@ -29,6 +32,43 @@ def test_as_many_channels_give_the_same_attention(x, window):
     narrow = Attention(TINY.dim, TINY.dim, 4, window, (10, 10))
     start_attention(narrow, wide, x)
     assert explained(narrow(x), wide(x)) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@torch.no_grad()
+def test_a_sample_of_the_tokens_is_enough_and_all_tokens_answer(x, window):
+    """Also where the wide branch, once routed, has the tokens that ask alone to answer."""
+    wide = randomize(Attention(TINY.dim, TINY.dim, 4, window, (10, 10)), 0.3)
+    among_themselves = copy.deepcopy(wide)
+    among_themselves.semi_cross = False
+    shape = x.shape[:3]
+    places = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    stage = route(places, places, 7, 0.5, [(160, 160)] * shape[0])
+    queries = stage.window if window else stage.image
+    for source in (wide, among_themselves):
+        narrow = Attention(TINY.dim, TINY.dim, 4, window, (10, 10))
+        start_attention(narrow, source, x, queries)
+        assert explained(narrow(x), wide(x)) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+@torch.no_grad()
+def test_what_a_head_gathers_is_its_softmax_times_the_tokens(x, pool):
+    attention = randomize(Attention(TINY.dim, 32, 2, 0, (10, 10), pool=pool), 0.3)
+    directions = torch.randn(
+        TINY.dim, 20, generator=torch.Generator().manual_seed(3)
+    ).double()  # more than 16 channels
+    q, k = attention.qkv(x).split([32, 64], dim=-1)[0], cell_means(attention.qkv(x), pool)[..., 32:64]
+    down, across = attention._tables((10, 10), 1.0, x.dtype)
+    by_head = [t.unflatten(-1, (2, 16)).permute(0, 3, 1, 2, 4) for t in (q, k)]  # [B, heads, h, w, d]
+    logits = torch.einsum("bnyxd,bnuvd->bnyxuv", *by_head) / 4
+    logits = logits + torch.einsum("bnyxd,yud->bnyxu", by_head[0], down)[..., None]
+    logits = logits + torch.einsum("bnyxd,xvd->bnyxv", by_head[0], across)[..., None, :]
+    pattern = logits.flatten(-2).softmax(-1)  # [B, heads, h, w, keys]
+    tokens = cell_means(x, pool).flatten(1, 2).double() @ directions
+    expected = torch.einsum("bnyxk,bkr->nbyxr", pattern.double(), tokens).flatten(1, 3)
+    for found, of_head in zip(_gathered(attention, x, None, directions), expected):
+        assert gap(found, of_head) < 1e-4, gap(found, of_head)
 
 
 @torch.no_grad()
