@@ -19,11 +19,13 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..precision import processor
 from .windows import exporting
 
 BLOCK = 2**21  # logits that the blocked form holds at a time: 8 MB, so that the passes over them stay in the cache
 FEW = 196  # keys, those of a window of 14 x 14, up to which training in bfloat16 on a CPU is fastest with all weights held
-HELD = 2**27  # weights, 256 MB of them, up to which it does so with more keys
+# weights, 256 MB of them, up to which it does so with more keys; where there is a matrix unit that was not measured
+HELD = 0 if processor() == "amx" else 2**27
 ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
 Keys = tuple[torch.Tensor, torch.Tensor]

@@ -40,11 +40,11 @@ from .streams import Streams
 HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
 STEPS = 100  # of a fit
 TOKENS = 2**11  # of a step; larger photos are taken one by one, in fewer steps
-WIDE = 384  # channels, of models whose stages are fitted in half as many steps, on fewer photos
+WIDE = 384  # channels, of models that are calibrated on fewer photos, their stages in half as many steps
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
 STARTS = 32  # photos that the closed-form starts look at, more where that many hold few tokens
-START_QUERIES = 2**13  # tokens of theirs that attention is regressed on
-START_ROWS = 2**15  # and the feed-forward part
+START_ROWS = 2**15  # tokens of theirs that are regressed on
+START_QUERIES = 2**13  # that attention is in wide models, where it costs most
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
@@ -189,7 +189,8 @@ class Calibration:
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
-            queries = block.prime(self._sample(photos, START_QUERIES, [seed, 0, i]))
+            count = START_QUERIES if self.streams.shape[-1] >= WIDE else START_ROWS
+            queries = block.prime(self._sample(photos, count, [seed, 0, i]))
             start_attention(e.attn, block.attn, block.norm1(streams.read(before, photos)), queries)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(block, e, of_attention, before, [seed, 1, i, 0])

@@ -2,12 +2,13 @@
 
     python -m scripts.benchmarks.benchmark_attention                   # ViT-B's global layer at 1024, on this CPU
     python -m scripts.benchmarks.benchmark_attention --device cuda --keep-ratio 0.25 --json attention.jsonl
+    python -m scripts.benchmarks.benchmark_attention --train --heads 3                   # forward and backward
 
 All forms get the same q, k, v and the same position logits; the largest gap to float64 stands beside each time.
 
     folded    positions as channels of q and k, one fused attention             (ours: bfloat16, GPUs, training)
     blocked   product, positions, softmax, product on blocks in the cache       (ours: float32 on a CPU)
-    plain     the formula as it stands                (ours: exports, windows in bfloat16 training on a CPU)
+    plain     the formula as it stands                (ours: exports, training of few weights in bfloat16 on a CPU)
     compiled  the plain form through torch.compile
     chunked   fused attention with a bias matrix, a piece of the queries at a time
     flex      FlexAttention under torch.compile, positions added by its score function
@@ -35,6 +36,7 @@ from blsam.options import Parser, add_option, check_output, exit_status
 from blsam.precision import DTYPES, resolve_dtype
 
 Form = Callable[[], torch.Tensor]
+TRAINED = ("folded", "plain")  # forms of ours that have a gradient
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,15 +46,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--image-size", type=int, default=1024)
     add_option(parser, "--keep-ratio", default=1.0, help="share of the tokens that ask")
     add("--dtype", choices=DTYPES, action="append", help="repeat for several; default float32 and bfloat16")
-    add("--forms", default="folded,blocked,plain,compiled,chunked,flex", metavar="F[,F...]")
+    add("--forms", metavar="F[,F...]", help="default: all, with --train the package's own that have a gradient")
+    add("--heads", type=int, help="default: the model's")
+    add("--train", action="store_true", help="forward and backward")
     add("--repeats", type=int, default=7)
     add_option(parser, "--device")
     add("--json", type=Path, metavar="JSONL")
     args = parser.parse_args(argv)
-    args.forms = args.forms.split(",")
+    args.forms = args.forms.split(",") if args.forms else [*(TRAINED if args.train else ALL)]
+    args.heads = CONFIGS[args.model].heads if args.heads is None else args.heads
     unknown = set(args.forms) - set(ALL)
-    if unknown or args.image_size % 16 or args.image_size < 16 or not 0 < args.keep_ratio <= 1 or args.repeats < 1:
-        parser.error(f"no form {', '.join(unknown)}" if unknown else "image size, keep ratio or repeats out of range")
+    sizes = args.image_size % 16 == 0 and min(args.image_size // 16, args.heads, args.repeats) > 0
+    if unknown or not sizes or not 0 < args.keep_ratio <= 1:
+        parser.error(
+            f"no form {', '.join(unknown)}" if unknown else "image size, heads, keep ratio or repeats out of range"
+        )
+    if args.train and not set(args.forms) <= set(TRAINED):
+        parser.error(f"--train is for {', '.join(TRAINED)}")
     return args
 
 
@@ -62,10 +72,10 @@ def inputs(args: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     keys, d = side * side, config.dim // config.heads
     n = max(1, round(args.keep_ratio * keys))
     generator = torch.Generator().manual_seed(0)
-    q, rel_h, rel_w = (torch.randn(config.heads, n, m, generator=generator) for m in (d, side, side))
-    k, v = (torch.randn(config.heads, keys, d, generator=generator) for _ in range(2))
+    q, rel_h, rel_w = (torch.randn(args.heads, n, m, generator=generator) for m in (d, side, side))
+    k, v = (torch.randn(args.heads, keys, d, generator=generator) for _ in range(2))
     tensors = {"q": q, "k": k, "v": v, "rel_h": rel_h, "rel_w": rel_w}
-    return {name: t.to(args.device, dtype) for name, t in tensors.items()} | {"side": side}
+    return {name: t.to(args.device, dtype).requires_grad_(args.train) for name, t in tensors.items()} | {"side": side}
 
 
 def bias_of(rel_h: torch.Tensor, rel_w: torch.Tensor) -> torch.Tensor:
@@ -74,14 +84,32 @@ def bias_of(rel_h: torch.Tensor, rel_w: torch.Tensor) -> torch.Tensor:
 
 
 def ours(name: str, x: dict[str, Any], through: Callable[[Form], Form] = lambda run: run) -> Form:
-    """A form of the package; the keys are made once, as they are for all queries of a layer."""
+    """A form of the package; the keys are made once, as they are for all queries of a layer (for a gradient each time)."""
     side, (heads, _, d) = x["side"], x["q"].shape
     product = FORMS[name]((side, side), d)
-    keys = product.keys(torch.stack([x["k"], x["v"]]).view(2, 1, heads, side, side, d))
+
+    def keys() -> tuple[torch.Tensor, torch.Tensor]:
+        return product.keys(torch.stack([x["k"], x["v"]]).view(2, 1, heads, side, side, d))
+
+    made = None if x["q"].requires_grad else keys()
     run = through(
-        lambda: product(x["q"][None], x["rel_h"][None] * product.scale, x["rel_w"][None] * product.scale, keys)
+        lambda: product(
+            x["q"][None], x["rel_h"][None] * product.scale, x["rel_w"][None] * product.scale, made or keys()
+        )
     )
     return lambda: run()[0]
+
+
+def trained(run: Form, x: dict[str, Any]) -> Form:
+    """Forward and backward; returns what the forward pass does."""
+
+    def both() -> torch.Tensor:
+        with torch.enable_grad():
+            out = run()
+            torch.autograd.grad(out.sum(), [x[name] for name in ("q", "k", "v", "rel_h", "rel_w")])
+        return out.detach()
+
+    return both
 
 
 def chunked(x: dict[str, Any], rows: int = 512) -> Form:
@@ -129,8 +157,9 @@ def measure(args: argparse.Namespace, dtype: torch.dtype) -> list[dict[str, Any]
         began = time.perf_counter()
         row = {"form": name, "dtype": str(dtype).removeprefix("torch."), "model": args.model}
         row |= {"image_size": args.image_size, "keep_ratio": args.keep_ratio}
+        row |= {"heads": args.heads, "train": args.train}
         try:
-            forms[name] = ALL[name](x)
+            forms[name] = trained(ALL[name](x), x) if args.train else ALL[name](x)
             gap = (forms[name]().cpu().double() - reference).abs().max() / reference.std()
         except Exception as error:  # a form that this machine or this torch does not have is a row too
             forms.pop(name, None)

@@ -1,7 +1,8 @@
-"""From a click to a mask, and "everything" on one photo: time by part, and memory, against segment_anything's code.
+"""From a click to a mask, and "everything" on photos: time by part, and memory, against segment_anything's code.
 
     python -m scripts.benchmarks.benchmark_masks                   # scikit-image's coffee cup, the dense model that ships
-    python -m scripts.benchmarks.benchmark_masks --photo street.jpg --image-size 1024 --rounds 5
+    python -m scripts.benchmarks.benchmark_masks --photos street.jpg --image-size 1024 --rounds 5
+    python -m scripts.benchmarks.benchmark_masks --photos val2017/*1.jpg --rounds 1 --decoder-dtype bfloat16
 
 Both generators get the same model and the same thresholds, take turns, and must find the same masks, but for rounding;
 with --decoder-dtype bfloat16 it is said how many of them.
@@ -23,6 +24,7 @@ import numpy as np
 import segment_anything
 import torch
 from pycocotools import mask as rle_tools
+from tqdm import tqdm
 
 from blsam import SamAutomaticMaskGenerator, SamPredictor, automatic_mask_generator, sam_model_registry
 from blsam.images import read_image
@@ -31,19 +33,21 @@ from blsam.precision import DTYPES
 from scripts.benchmarks.benchmark_row import memory_now, memory_peak
 
 GENERATORS = ("segment_anything", "blsam")
+CUP = "coffee"
 SAME, ALIKE = 0.98, 0.9  # IoU of two masks that are the same but for rounding, and that show the same thing
 
 
-def load(args: argparse.Namespace) -> tuple[Any, np.ndarray]:
-    if args.photo:
-        image = read_image(args.photo)
-    else:
-        from skimage import data
+def load(args: argparse.Namespace) -> Any:
+    return sam_model_registry[args.model](find_checkpoint(args.model, args.checkpoint), image_size=args.image_size)
 
-        image = data.coffee()
-    return sam_model_registry[args.model](
-        find_checkpoint(args.model, args.checkpoint), image_size=args.image_size
-    ), image
+
+def read(photo: str) -> np.ndarray:
+    """A file, or for CUP scikit-image's cup."""
+    if photo != CUP:
+        return read_image(photo)
+    from skimage import data
+
+    return data.coffee()
 
 
 class Reference(SamPredictor):
@@ -74,8 +78,8 @@ def timed(seconds: dict[str, float], owner: Any, name: str, part: str):
 
 
 def everything(args: argparse.Namespace, which: str) -> None:
-    """A process that makes all masks of the photo for every line on standard input."""
-    sam, image = load(args)
+    """A process that makes all masks of each photo that is named on standard input."""
+    sam = load(args)
     options = {"pred_iou_thresh": args.pred_iou_thresh, "stability_score_thresh": args.stability_score_thresh}
     if which == "blsam":
         options["decoder_dtype"] = args.decoder_dtype
@@ -85,8 +89,8 @@ def everything(args: argparse.Namespace, which: str) -> None:
         generator.predictor = Reference(sam)
     owner, name = (automatic_mask_generator, "confident") if which == "blsam" else (sam.mask_decoder, "forward")
     base = memory_now(False, reset=True)
-    for _ in sys.stdin:
-        seconds: dict[str, float] = {}
+    for line in sys.stdin:
+        image, seconds = read(line.rstrip("\n")), dict[str, float]()
         with (
             timed(seconds, generator.predictor, "set_image", "encoder"),
             timed(seconds, owner, name, "decoder"),
@@ -104,7 +108,7 @@ def everything(args: argparse.Namespace, which: str) -> None:
 @torch.no_grad()
 def click(args: argparse.Namespace) -> None:
     """Decoder and upscaling of one click, three masks, in turn."""
-    sam, image = load(args)
+    sam, image = load(args), read(args.photos[0])
     predictors = {"segment_anything": Reference(sam), "blsam": SamPredictor(sam)}
     for predictor in predictors.values():
         predictor.set_image(image)
@@ -124,16 +128,20 @@ def click(args: argparse.Namespace) -> None:
 def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--photo", type=Path)
+    add("--photos", nargs="+", default=[CUP], metavar="FILE", help="default: scikit-image's cup of coffee")
     add_option(parser, "--model", default="vit_t")
     add_option(parser, "--checkpoint")
     add_option(parser, "--image-size")
     add("--pred-iou-thresh", type=float, default=0.2)
     add("--stability-score-thresh", type=float, default=0.2)
     add("--decoder-dtype", choices=DTYPES, default="float32", help="of blsam's generator")
-    add("--rounds", type=int, default=3)
+    add("--rounds", type=int, default=3, help="for each photo")
     add("--process", choices=GENERATORS, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for photo in args.photos:
+        if photo != CUP and not Path(photo).is_file():
+            parser.error(f"no file {photo}")
+    return args
 
 
 def main() -> int:
@@ -147,34 +155,67 @@ def main() -> int:
         which: subprocess.Popen([sys.executable, "-m", __spec__.name, *sys.argv[1:], "--process", which], **pipes)
         for which in GENERATORS
     }
-    reports: dict[str, list[dict[str, Any]]] = {which: [] for which in GENERATORS}
-    for _ in range(args.rounds + 1):
-        for which, worker in workers.items():
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            line = worker.stdout.readline()
-            if not line:
-                raise ValueError(f"the generator of {which} failed: see above")
-            reports[which].append(json.loads(line))
+    for which, worker in workers.items():
+        ask(which, worker, args.photos[0])  # once to warm up
+    rows = []
+    for photo in tqdm(args.photos, unit="photo", disable=None):
+        reports: dict[str, list[dict[str, Any]]] = {which: [] for which in GENERATORS}
+        for _ in range(args.rounds):
+            for which, worker in workers.items():
+                reports[which].append(ask(which, worker, photo))
+        rows.append(compare(photo, reports))
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
+    summarise(rows)
+    return 0 if args.decoder_dtype != "float32" or all(row["same"] for row in rows) else 1
+
+
+def ask(which: str, worker: subprocess.Popen, photo: str) -> dict[str, Any]:
+    worker.stdin.write(f"{photo}\n")
+    worker.stdin.flush()
+    line = worker.stdout.readline()
+    if not line:
+        raise ValueError(f"the generator of {which} failed: see above")
+    return json.loads(line)
+
+
+def compare(photo: str, reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Both generators on one photo: medians of seconds by part, and their masks; prints a line."""
+    row: dict[str, Any] = {"photo": photo, "peak_gb": {}, "seconds": {}, "masks": {}}
     for which, found in reports.items():
-        parts = {part: statistics.median(r["seconds"].get(part, 0) for r in found[1:]) for part in found[0]["seconds"]}
-        text = ", ".join(f"{part} {value:.2f} s" for part, value in parts.items())
-        print(f"everything, {which:<17}{text}; {found[-1]['masks']} masks, peak {found[-1]['peak_gb']:.2f} GB")
-    medians = {which: statistics.median(r["seconds"]["all"] for r in found[1:]) for which, found in reports.items()}
-    print(f"{medians['segment_anything'] / medians['blsam']:.2f}x")
+        row["seconds"][which] = {
+            part: statistics.median(report["seconds"].get(part, 0) for report in found) for part in found[0]["seconds"]
+        }
+        row["peak_gb"][which], row["masks"][which] = found[-1]["peak_gb"], len(found[-1]["found"])
     ours, theirs = (reports[which][-1]["found"] for which in ("blsam", "segment_anything"))
-    if not ours or not theirs:
-        print(f"{len(ours)} masks and {len(theirs)}")
-        return 1
-    ious = rle_tools.iou(ours, theirs, [0] * len(theirs))
-    found, theirs_found = ious.max(1), ious.max(0)
-    print(f"{(found >= ALIKE).sum()} of {len(ours)} masks and {(theirs_found >= ALIKE).sum()} of {len(theirs)} have a like "
-          f"at IoU {ALIKE}; {found.min():.4f} and {theirs_found.min():.4f} at least")  # fmt: skip
-    same = len(ours) == len(theirs) == len(set(ious.argmax(1).tolist())) and found.min() >= SAME
-    return 0 if same or args.decoder_dtype != "float32" else 1
+    ious = np.asarray(rle_tools.iou(ours, theirs, [0] * len(theirs))).reshape(len(ours), len(theirs))
+    row["likes"] = ious.max(1, initial=0), ious.max(0, initial=0)  # of ours among theirs, of theirs among ours
+    one_to_one = len(ours) == len(theirs) == len(set(ious.argmax(1).tolist() if ious.size else []))
+    row["same"] = one_to_one and bool((row["likes"][0] >= SAME).all())
+    row["gain"] = row["seconds"]["segment_anything"]["all"] / row["seconds"]["blsam"]["all"]
+    both = ", ".join(
+        f"{which} {row['seconds'][which]['all']:.2f} s {row['masks'][which]} masks" for which in GENERATORS
+    )
+    tqdm.write(f"{Path(photo).name}: {both}; {row['gain']:.2f}x; {'the same' if row['same'] else 'not all the same'}")
+    return row
+
+
+def summarise(rows: list[dict[str, Any]]) -> None:
+    """Over photos: medians of seconds by part, the largest peak, and how many masks have a like."""
+    for which in GENERATORS:
+        parts = [part for part in rows[0]["seconds"][which]]
+        medians = {part: statistics.median(row["seconds"][which].get(part, 0) for row in rows) for part in parts}
+        text = ", ".join(f"{part} {value:.2f} s" for part, value in medians.items())
+        peak, masks = max(row["peak_gb"][which] for row in rows), sum(row["masks"][which] for row in rows)
+        print(f"everything, {which:<17}{text}; {masks} masks, peak {peak:.2f} GB")
+    gains = sorted(row["gain"] for row in rows)
+    print(f"{statistics.median(gains):.2f}x ({gains[0]:.2f} to {gains[-1]:.2f})")
+    for whose, likes in zip(("blsam", "segment_anything"), zip(*(row["likes"] for row in rows))):
+        ious = np.concatenate(likes)
+        if len(ious):
+            print(f"{(ious >= ALIKE).sum()} of {len(ious)} masks of {whose} have a like at IoU {ALIKE}, "
+                  f"{(ious >= SAME).sum()} at {SAME}; {ious.min():.4f} at least")  # fmt: skip
 
 
 if __name__ == "__main__":
