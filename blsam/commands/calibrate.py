@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     length = parser.add_mutually_exclusive_group()
     length.add_argument(
-        "--steps", type=int, help=f"of each fit, twice as many of each stage; {STEPS}, of large photos fewer"
+        "--steps",
+        type=int,
+        help=f"of each fit; {STEPS}, of large photos fewer; of each stage twice as many, of large photos as many",
     )
     length.add_argument("--minutes", type=float, metavar="M", help="wall time for the whole, cutting all fits evenly")
     add("--seed", type=int, default=defaults.seed)

@@ -93,7 +93,7 @@ class EBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def attention(self, x: torch.Tensor, queries: Queries | None = None) -> torch.Tensor:
-        """What attention adds, as a block's."""
+        """What attention adds to all tokens, [B, ..., C] -> the same shape, or to the given ones: -> [P, C]."""
         return _attention(self, x, queries)
 
     def feed_forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from .windows import exporting
 
 BLOCK = 2**21  # logits that the blocked form holds at a time: 8 MB, so that the passes over them stay in the cache
 FEW = 196  # keys, those of a window of 14 x 14, up to which training in bfloat16 on a CPU is fastest with all weights held
-# weights, 256 MB of them, up to which it does so with more keys; where there is a matrix unit that was not measured
+# weights (256 MB, several times over) up to which it does so with more keys; with a matrix unit it was not measured
 HELD = 0 if processor() == "amx" else 2**27
 ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
@@ -109,9 +109,10 @@ FORMS: dict[str, type[Plain]] = {"plain": Plain, "folded": Folded, "blocked": Bl
 def choose_form(dtype: torch.dtype, device: torch.device, gradient: bool, count: int, weights: int) -> str:
     """The form that was measured to be the fastest: blocked in float32 on a CPU, folded elsewhere and in training.
 
-    Exports are plain, and training in bfloat16 on a CPU where the keys are few, as in windows, or all weights of attention
-    fit into little memory: forward and backward, torch's fused attention takes up to twice as long there. `gradient`:
-    whether any input of the product needs one; `count`: of keys; `weights`: of all heads, queries and keys.
+    Exports are plain, and training in bfloat16 on a CPU where the keys are few, as in windows, or (without a matrix unit)
+    all weights of attention fit into little memory: forward and backward, torch's fused attention takes up to twice as
+    long there. `gradient`: whether any input of the product needs one; `count`: of keys; `weights`: of all heads,
+    queries and keys.
     """
     if exporting():
         return "plain"

@@ -30,7 +30,7 @@ from ..modeling.classifier import ADDED, BLVisionTransformer
 from ..modeling.sam import Sam
 from ..modeling.staged import Staged
 from ..predictor import SamPredictor
-from .calibration import WIDE, Calibration, Settings
+from .calibration import Calibration, Settings
 
 TOKENS = 2**16  # of all photos together
 
@@ -39,7 +39,7 @@ def default_limit(config: LayersConfig) -> int:
     """Photos used when nobody says how many: such as hold 65,000 tokens or so at the preset's image size."""
     if isinstance(config, ClassifierConfig):
         return TOKENS // (config.image_size // config.patch) ** 2
-    return 64 if config.dim < WIDE else 16
+    return 64 if config.dim < 384 else 16
 
 
 def choose_photos(folder: Path, limit: int, seed: int) -> list[Path]:

@@ -40,11 +40,10 @@ from .streams import Streams
 HELD_OUT = 5  # every fifth photo is not fitted to: it is for the report, and decides whether the third pass is kept
 STEPS = 100  # of a fit
 TOKENS = 2**11  # of a step; larger photos are taken one by one, in fewer steps
-WIDE = 384  # channels, of models that are calibrated on fewer photos, their stages in half as many steps
 WEIGHTS = {"attention": 2, "feed_forward": 1, "predictor": 1, "stage": 16}  # of the fits in a limited run's time
 STARTS = 32  # photos that the closed-form starts look at, more where that many hold few tokens
 START_ROWS = 2**15  # tokens of theirs that are regressed on
-START_QUERIES = 2**13  # that attention is in wide models, where it costs most
+START_QUERIES = 2**13  # of larger photos, for attention, which costs most
 KEEP_RATIOS = (0.1, 0.25, 0.5)  # the third pass draws from them, the report is about them
 
 
@@ -67,12 +66,15 @@ class Settings:
     seed: int = 0
     dtype: str = "auto"  # of the fits' products; weights and streams are float32
 
-    def of_tokens(self, tokens: int, width: int) -> tuple[int, int, int]:
-        """steps, stage_steps and batch_size for photos of so many tokens, so wide: a run sees about as many of them
-        (`STEPS` times `TOKENS`, in a stage of a small model twice that) whatever a photo holds."""
+    def of_tokens(self, tokens: int) -> tuple[int, int, int]:
+        """steps, stage_steps and batch_size for photos of so many tokens.
+
+        A fit passes over about `STEPS` times `TOKENS` of them, a stage over twice as many. Of larger photos, one of which
+        is more than a step holds, a stage passes over as many, and attention is fitted to `TOKENS` of each.
+        """
         batch = self.batch_size or max(1, TOKENS // tokens)
         steps = min(STEPS, -(-STEPS * TOKENS // (batch * tokens))) if self.steps is None else self.steps
-        of_stage = steps if width >= WIDE else 2 * steps
+        of_stage = 2 * steps if tokens <= TOKENS else steps
         return steps, of_stage if self.stage_steps is None else self.stage_steps, batch
 
 
@@ -105,15 +107,15 @@ class Calibration:
             tokens = model.stem(inputs(0)[0][None])
         self.device = tokens.device
         self.streams = Streams(folder, count, tokens.shape[1:-1], tokens.shape[-1], self.device)
-        self.steps, self.stage_steps, self.batch_size = settings.of_tokens(self.streams.tokens, tokens.shape[-1])
+        self.steps, self.stage_steps, self.batch_size = settings.of_tokens(self.streams.tokens)
         decided = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
         self.identity = json.dumps(asdict(settings) | decided) + identity
         self.sizes = [inputs(i)[1] for i in range(count)]
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
         self.blocks = {i: block for i, block in enumerate(self.model.blocks) if isinstance(block, RoutedBlock)}
-        self.layers = list(self.blocks)
+        self.layers, self.stages = list(self.blocks), len(self.model.predictors)
         self.fits: dict[str, float] = {}
-        self.dense: dict[int, torch.Tensor] = {}  # what the dense model makes of held-out photos, once computed
+        self.through = False  # whether the dense stream has been made to its end
         self.branches = branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += len(self.model.predictors) * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
@@ -137,6 +139,7 @@ class Calibration:
             fitted = self._learnt()
             write_atomically(self.folder / "fitted.pt", lambda path: torch.save(fitted, path))
             state = self._save(3, 0, ())
+        self.through = True
         fitted = torch.load(self.folder / "fitted.pt", weights_only=True)
         if state["pass"] == 3:
             if self.branches:  # without, there is nothing to correct
@@ -171,6 +174,7 @@ class Calibration:
                 self._fit_predictor(stage, f"residual-{i + 1}")
             if i in config.predictor_layers or i == config.depth - 1:
                 self._write_through(nn.Identity(), after, f"goal-{0 if stage is None else stage + 1}")
+            if i in config.predictor_layers:
                 streams.write(f"residual-{i + 1}", lambda j: torch.zeros(streams.places), channels=1)
             self._save(1, i + 1, (after, f"residual-{i + 1}"))
 
@@ -189,8 +193,7 @@ class Calibration:
         streams.write("target", lambda j: block.attention(streams.read(before, j)))
         if e is not None:
             e.norm1.load_state_dict(block.norm1.state_dict())
-            count = START_QUERIES if self.streams.shape[-1] >= WIDE else START_ROWS
-            queries = block.prime(self._sample(photos, count, [seed, 0, i]))
+            queries = block.prime(self._sample(photos, START_QUERIES if tokens > TOKENS else START_ROWS, [seed, 0, i]))
             start_attention(e.attn, block.attn, block.norm1(streams.read(before, photos)), queries)
             of_attention = [*e.norm1.parameters(), *e.attn.parameters()]
             self.fits[f"{i}.attention"] = self._fit_attention(block, e, of_attention, before, [seed, 1, i, 0])
@@ -199,8 +202,8 @@ class Calibration:
         streams.write("target", lambda j: block.feed_forward(streams.read(middle, j)))
         if e is not None:
             e.norm2.load_state_dict(block.norm2.state_dict())
-            stride = -(-len(photos) * tokens // START_ROWS)
-            start_feed_forward(e, block, block.norm2(streams.read(middle, photos)).flatten(0, -2)[::stride])
+            queries = block.prime(self._sample(photos, START_ROWS, [seed, 4, i]))
+            start_feed_forward(e, block, take(block.norm2(streams.read(middle, photos)).flatten(0, -2), queries))
             of_rows = [p for m in (e.norm2, e.entry, e.mlp, e.exit) for p in m.parameters()]
             self.fits[f"{i}.feed_forward"] = self._fit_rows(e, of_rows, middle, [seed, 1, i, 1])
         more = self._left_over(lambda j: None if e is None else e.feed_forward(streams.read(middle, j)))
@@ -210,10 +213,13 @@ class Calibration:
         streams.write(after, lambda j: streams.read(middle, j) + streams.read("target", j))
 
     def _sample(self, photos: np.ndarray, count: int, seed: list[int]) -> Stage:
-        """So many tokens of photos at random, as many in every window; all, if they are not more."""
+        """So many tokens of photos at random, the same share of every window's; all, if they are not more.
+
+        As prime ones of a stage, whose queries are None for all.
+        """
         order = np.random.default_rng(seed).random((len(photos), *self.streams.places), np.float32)
         places = torch.from_numpy(order).to(self.device)
-        return self.model.choose(places, places, count / places.numel(), [self.sizes[j] for j in photos])
+        return self.model.choose(places, places, count / places.numel())
 
     def _left_over(self, branch: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor]:
         """Squared distance between target and branch for every token of every photo: [*T] each."""
@@ -340,8 +346,8 @@ class Calibration:
         return self.model.real_cells(torch.tensor(sizes, device=self.device))
 
     def _dense(self, image: torch.Tensor) -> torch.Tensor:
-        """What the dense model makes of an image [1, 3, S, S]."""
-        x = self.model.stem(image)
+        """What the dense model makes of an image [3, S, S]."""
+        x = self.model.stem(image[None])
         for number in (None, *range(len(self.model.predictors))):
             x = self.model.run_stage(x, number)
         return self.model.compared(x)
@@ -353,10 +359,11 @@ class Calibration:
         for j in self.held_out:
             x, size = self.inputs(j)
             real = self._real([size])
-            if j not in self.dense:
-                self.dense[j] = self._dense(x[None])
+            dense = (
+                self.model.compared(self.streams.read(f"goal-{self.stages}", j)) if self.through else self._dense(x)
+            )
             ours = [self.model.compared(self.model.run(x[None], k, [size], None)[0]) for k in keep_ratios]
-            found.append([1 - cosine_distance(one, self.dense[j])[real].mean().item() for one in ours])
+            found.append([1 - cosine_distance(one, dense)[real].mean().item() for one in ours])
         return np.mean(found, axis=0).tolist()
 
     def _learnt(self) -> dict[str, torch.Tensor]:
@@ -370,7 +377,8 @@ class Calibration:
         state = {"pass": number, "layer": layer, "identity": self.identity, "fits": self.fits}
         state |= {"weight_done": self.descent.done, "seconds": self.descent.seconds, "learnt": self._learnt()}
         write_atomically(self.folder / "state.pt", lambda path: torch.save(state, path))
-        self.streams.keep_only([*streams, *(f"goal-{n}" for n in range(len(self.model.predictors) + 1))])
+        goals = range(layer if number == 3 else 0, self.stages + 1)  # where stages begin and end, still to be needed
+        self.streams.keep_only([*streams, *(f"goal-{n}" for n in goals)])
         return state
 
     def _resume(self) -> dict[str, Any]:
@@ -418,8 +426,8 @@ class Calibration:
             fast = sum(through().values())
         layers = sum(c for i, c in exact.items() if self.blocks[i].e_block is not None or i == first) / exact[first]
         steps = self.stage_steps * self.batch_size  # forward and back they take about what a dense pass does
-        # beside: both streams of all photos
-        minutes = (seconds * layers + steps * fast + 2 * self.count * sum(exact.values())) / 60
+        # beside them the student's stream of all photos, which takes less than the dense one
+        minutes = (seconds * layers + steps * fast + self.count * sum(exact.values())) / 60
         if self.settings.minutes is None or minutes <= self.settings.minutes:
             return f"about {minutes:.0f} minutes in all"
         return f"about {minutes:.0f} minutes without the limit of {self.settings.minutes:g}: fewer steps of every fit"

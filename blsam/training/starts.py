@@ -38,7 +38,9 @@ def start_attention(narrow: AnyAttention, wide: AnyAttention, x: torch.Tensor, q
     """
     rows = take(x.flatten(0, -2), queries).cpu().double()
     mean, moment = rows.mean(0), rows.T @ rows / len(rows)
-    target = _asked(copy.deepcopy(wide), x, queries)
+    dense = copy.deepcopy(wide)
+    dense.semi_cross = True  # all tokens answer, whatever they do once routed
+    target = _asked(dense, x, queries)
     chosen = list(range(wide.num_heads))
     if narrow.num_heads < wide.num_heads:
         main = torch.linalg.eigh(moment - mean.outer(mean)).eigenvectors.flip(1)[:, :SKETCH]
@@ -50,8 +52,7 @@ def start_attention(narrow: AnyAttention, wide: AnyAttention, x: torch.Tensor, q
 
 
 def _asked(attention: AnyAttention, x: torch.Tensor, queries: Queries | None) -> torch.Tensor:
-    """What an attention of our own gives the queries when all tokens answer: [P, C] float64 on the CPU."""
-    attention.semi_cross = True
+    """What attention gives the queries: [P, C] float64 on the CPU."""
     return (attention(x) if queries is None else attention(x, queries)).flatten(0, -2).cpu().double()
 
 
@@ -64,6 +65,7 @@ def _gathered(
     """
     heads, inner, dim = attention.num_heads, attention.inner, x.shape[-1]
     probe, found = copy.deepcopy(attention), []
+    probe.semi_cross = True
     probe.qkv = torch.nn.Linear(dim, 3 * inner, device=x.device)
     probe.qkv.weight.copy_(attention.qkv.weight)
     probe.qkv.bias.copy_(attention.qkv.bias)

@@ -100,9 +100,8 @@ def everything(args: argparse.Namespace, which: str) -> None:
             masks = generator.generate(image)
         seconds["all"] = time.perf_counter() - start
         seconds["filters, run-lengths, NMS"] = 2 * seconds["all"] - sum(seconds.values())
-        report = {"seconds": seconds, "peak_gb": memory_peak(False) - base, "masks": len(masks)}
-        report["found"] = [mask["segmentation"] for mask in masks]
-        print(json.dumps(report), flush=True)
+        found = [mask["segmentation"] for mask in masks]
+        print(json.dumps({"seconds": seconds, "peak_gb": memory_peak(False) - base, "found": found}), flush=True)
 
 
 @torch.no_grad()
@@ -141,6 +140,8 @@ def parse_args() -> argparse.Namespace:
     for photo in args.photos:
         if photo != CUP and not Path(photo).is_file():
             parser.error(f"no file {photo}")
+    if args.rounds < 1:
+        parser.error("--rounds is at least 1")
     return args
 
 
@@ -168,10 +169,13 @@ def main() -> int:
         worker.stdin.close()
         worker.wait()
     summarise(rows)
+    if not any(row["masks"]["blsam"] for row in rows):
+        raise ValueError("no masks at all: lower --pred-iou-thresh")
     return 0 if args.decoder_dtype != "float32" or all(row["same"] for row in rows) else 1
 
 
 def ask(which: str, worker: subprocess.Popen, photo: str) -> dict[str, Any]:
+    """What a generator's process reports of a photo: seconds by part, peak memory, masks found (run-lengths)."""
     worker.stdin.write(f"{photo}\n")
     worker.stdin.flush()
     line = worker.stdout.readline()
@@ -182,17 +186,15 @@ def ask(which: str, worker: subprocess.Popen, photo: str) -> dict[str, Any]:
 
 def compare(photo: str, reports: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Both generators on one photo: medians of seconds by part, and their masks; prints a line."""
-    row: dict[str, Any] = {"photo": photo, "peak_gb": {}, "seconds": {}, "masks": {}}
+    row: dict[str, Any] = {"peak_gb": {}, "seconds": {}, "masks": {}}
     for which, found in reports.items():
-        row["seconds"][which] = {
-            part: statistics.median(report["seconds"].get(part, 0) for report in found) for part in found[0]["seconds"]
-        }
+        row["seconds"][which] = by_part([report["seconds"] for report in found])
         row["peak_gb"][which], row["masks"][which] = found[-1]["peak_gb"], len(found[-1]["found"])
     ours, theirs = (reports[which][-1]["found"] for which in ("blsam", "segment_anything"))
     ious = np.asarray(rle_tools.iou(ours, theirs, [0] * len(theirs))).reshape(len(ours), len(theirs))
     row["likes"] = ious.max(1, initial=0), ious.max(0, initial=0)  # of ours among theirs, of theirs among ours
-    one_to_one = len(ours) == len(theirs) == len(set(ious.argmax(1).tolist() if ious.size else []))
-    row["same"] = one_to_one and bool((row["likes"][0] >= SAME).all())
+    one_to_one = ious.size and len(ours) == len(theirs) == len(set(ious.argmax(1).tolist()))
+    row["same"] = bool(one_to_one and (row["likes"][0] >= SAME).all() or not ours and not theirs)
     row["gain"] = row["seconds"]["segment_anything"]["all"] / row["seconds"]["blsam"]["all"]
     both = ", ".join(
         f"{which} {row['seconds'][which]['all']:.2f} s {row['masks'][which]} masks" for which in GENERATORS
@@ -201,11 +203,16 @@ def compare(photo: str, reports: dict[str, list[dict[str, Any]]]) -> dict[str, A
     return row
 
 
+def by_part(seconds: list[dict[str, float]]) -> dict[str, float]:
+    """Medians, nothing where there was no such part (no mask, nothing scaled up)."""
+    parts = dict.fromkeys(part for one in seconds for part in one)
+    return {part: statistics.median(one.get(part, 0) for one in seconds) for part in parts}
+
+
 def summarise(rows: list[dict[str, Any]]) -> None:
     """Over photos: medians of seconds by part, the largest peak, and how many masks have a like."""
     for which in GENERATORS:
-        parts = [part for part in rows[0]["seconds"][which]]
-        medians = {part: statistics.median(row["seconds"][which].get(part, 0) for row in rows) for part in parts}
+        medians = by_part([row["seconds"][which] for row in rows])
         text = ", ".join(f"{part} {value:.2f} s" for part, value in medians.items())
         peak, masks = max(row["peak_gb"][which] for row in rows), sum(row["masks"][which] for row in rows)
         print(f"everything, {which:<17}{text}; {masks} masks, peak {peak:.2f} GB")

@@ -158,7 +158,7 @@ def study(args: argparse.Namespace, meter: Meter, value: Any) -> Iterator[dict[s
     if args.study == "photos":
         count = value
     elif args.study == "steps":
-        settings = replace(settings, steps=value, stage_steps=2 * value)
+        settings = replace(settings, steps=value)
     elif args.study == "heads":
         config = replace(config, e_global_heads=value, e_pool=1)
     elif args.study == "cells":

@@ -73,6 +73,7 @@ def test_gradients_are_those_of_the_formula(name):
         (torch.bfloat16, "cpu", True, 4096, 2**26, "plain"),
         (torch.bfloat16, "cpu", True, 4096, 2**28, "folded"),
         (torch.bfloat16, "cuda", True, 64, 2**12, "folded"),
+        (torch.bfloat16, "cuda", True, 4096, 2**26, "folded"),
         (torch.float32, "cuda", False, 64, 2**12, "folded"),
     ],
 )
@@ -81,6 +82,12 @@ def test_the_form_is_chosen_by_dtype_device_gradient_and_sizes(
 ):
     monkeypatch.setattr("blsam.modeling.product.HELD", 2**27)  # whatever this processor has
     assert choose_form(dtype, torch.device(device), gradient, count, weights) == form
+
+
+def test_with_a_matrix_unit_weights_are_held_in_windows_alone(monkeypatch):
+    monkeypatch.setattr("blsam.modeling.product.HELD", 0)
+    chosen = [choose_form(torch.bfloat16, torch.device("cpu"), True, count, 2**20) for count in (196, 4096)]
+    assert chosen == ["plain", "folded"]
 
 
 @pytest.mark.parametrize("name", ["plain", "folded"])

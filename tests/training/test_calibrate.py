@@ -159,6 +159,42 @@ def test_another_run_s_folder_is_refused(photos, tmp_path, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("stopped_in", ["_fit_predictor", "_write_routed"], ids=["pass 1", "pass 3"])
+def test_a_sample_of_large_photos_is_the_same_after_a_stop(photos, tmp_path, monkeypatch, stopped_in):
+    """Photos of 64 tokens that are large to a step of 32, which is half of what is asked at 1024."""
+    from blsam.training import calibration
+
+    for name, value in {"TOKENS": 32, "START_QUERIES": 100, "START_ROWS": 150}.items():
+        monkeypatch.setattr(calibration, name, value)
+    chosen, settings, sampled = choose_photos(photos, 6, 0), Settings(steps=4), []
+    original, sample = getattr(calibration.Calibration, stopped_in), calibration.Calibration._sample
+
+    def stop_in_the_second(self, *args):
+        if args[0] == 1:
+            raise OSError("stop")
+        return original(self, *args)
+
+    def see(self, *args):
+        sampled.append(sample(self, *args))
+        return sampled[-1]
+
+    def run(name):
+        path = tmp_path / f"{name}.safetensors"
+        calibrate(CONFIGS["blsam_vit_t"], DENSE, chosen, path, image_size=128, settings=settings, quiet=True)
+        return ckpt.read(path)[0]
+
+    monkeypatch.setattr(calibration.Calibration, "_sample", see)
+    whole = run("whole")
+    assert {int(stage.mask.sum()) for stage in sampled} == {32, 100, 150}
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.Calibration, stopped_in, stop_in_the_second)
+        with pytest.raises(OSError, match="stop"):
+            run("stopped")
+    resumed = run("stopped")
+    differing = [key for key in whole if not torch.equal(whole[key], resumed[key])]
+    assert not differing, f"{len(differing)} tensors differ, the first is {differing[0]}"
+
+
 @pytest.mark.e2e
 def test_kill_and_resume_gives_the_same_checkpoint(photos, tmp_path):
     def command(name):

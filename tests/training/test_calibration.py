@@ -34,16 +34,12 @@ def test_the_predictors_are_fitted_in_float32(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("tokens", "expected"),
-    [(64, (100, 200, 32)), (196, (100, 200, 10)), (1024, (100, 200, 2)), (4096, (50, 100, 1)), (9216, (23, 46, 1))],
+    [(64, (100, 200, 32)), (196, (100, 200, 10)), (1024, (100, 200, 2)), (4096, (50, 50, 1)), (9216, (23, 23, 1))],
 )
-def test_a_run_sees_as_many_tokens_whatever_a_photo_holds(tokens, expected):
-    assert Settings().of_tokens(tokens, 192) == expected
-
-
-def test_the_stages_of_wide_models_are_fitted_in_half_as_many_steps():
-    assert Settings().of_tokens(4096, 768) == (50, 50, 1)
+def test_a_run_passes_over_as_many_tokens_whatever_a_photo_holds_half_in_stages_of_large_ones(tokens, expected):
+    assert Settings().of_tokens(tokens) == expected
 
 
 def test_what_is_asked_for_is_not_changed():
-    assert Settings(steps=7, batch_size=3).of_tokens(4096, 192) == (7, 14, 3)
-    assert Settings(steps=0, stage_steps=5).of_tokens(1024, 768) == (0, 5, 2)
+    assert Settings(steps=7, batch_size=3).of_tokens(4096) == (7, 7, 3)
+    assert Settings(steps=0, stage_steps=5).of_tokens(1024) == (0, 5, 2)

@@ -9,8 +9,9 @@ from skimage import data
 from blsam import SamPredictor, sam_model_registry
 from blsam.modeling.attention import Attention, cell_means
 from blsam.modeling.blocks import RoutedBlock
+from blsam.modeling.classifier import TokenAttention
 from blsam.modeling.image_encoder import build_block
-from blsam.modeling.routing import route
+from blsam.modeling.routing import route, route_sequence
 from blsam.options import shipped_checkpoint
 from blsam.training.starts import _gathered, start_attention, start_feed_forward
 from tests.helpers import TINY, gap, randomize
@@ -36,19 +37,42 @@ def test_as_many_channels_give_the_same_attention(x, window):
 
 @pytest.mark.parametrize("window", [0, 7])
 @torch.no_grad()
-def test_a_sample_of_the_tokens_is_enough_and_all_tokens_answer(x, window):
-    """Also where the wide branch, once routed, has the tokens that ask alone to answer."""
+def test_all_tokens_answer_also_where_those_that_ask_would_alone(x, window):
     wide = randomize(Attention(TINY.dim, TINY.dim, 4, window, (10, 10)), 0.3)
     among_themselves = copy.deepcopy(wide)
     among_themselves.semi_cross = False
-    shape = x.shape[:3]
-    places = torch.rand(shape, generator=torch.Generator().manual_seed(2))
-    stage = route(places, places, 7, 0.5, [(160, 160)] * shape[0])
-    queries = stage.window if window else stage.image
+    queries = half(x, window)
     for source in (wide, among_themselves):
         narrow = Attention(TINY.dim, TINY.dim, 4, window, (10, 10))
         start_attention(narrow, source, x, queries)
         assert explained(narrow(x), wide(x)) > 1 - 1e-6
+    assert not among_themselves.semi_cross
+
+
+@pytest.mark.parametrize("kind", ["window", "image", "sequence"])
+@torch.no_grad()
+def test_a_sample_of_the_tokens_gathers_as_it_does_among_all(x, kind):
+    if kind == "sequence":
+        x = x.flatten(1, 2)
+        attention = TokenAttention(TINY.dim, 32, 2)
+        places = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(2))
+        queries = route_sequence(places, places, 0.5).image
+    else:
+        window = 7 if kind == "window" else 0
+        attention, queries = Attention(TINY.dim, 32, 2, window, (10, 10)), half(x, window)
+    randomize(attention, 0.3)
+    directions = torch.eye(TINY.dim).double()
+    some, every = _gathered(attention, x, queries, directions), _gathered(attention, x, None, directions)
+    assert len(some) == len(every) == 2 and len(some[0]) < 0.6 * len(every[0])
+    for a, b in zip(some, every):
+        assert gap(a, b[queries.tokens]) < 1e-5, gap(a, b[queries.tokens])
+
+
+def half(x, window):
+    """Half of the tokens as queries."""
+    places = torch.rand(x.shape[:3], generator=torch.Generator().manual_seed(2))
+    stage = route(places, places, 7, 0.5, None)
+    return stage.window if window else stage.image
 
 
 @pytest.mark.parametrize("pool", [1, 2])
@@ -57,17 +81,17 @@ def test_what_a_head_gathers_is_its_softmax_times_the_tokens(x, pool):
     attention = randomize(Attention(TINY.dim, 32, 2, 0, (10, 10), pool=pool), 0.3)
     directions = torch.randn(
         TINY.dim, 20, generator=torch.Generator().manual_seed(3)
-    ).double()  # more than 16 channels
-    q, k = attention.qkv(x).split([32, 64], dim=-1)[0], cell_means(attention.qkv(x), pool)[..., 32:64]
+    ).double()  # a head has 16 channels
+    q, k, _ = attention.qkv(x).split(32, dim=-1)
+    q, k = (t.unflatten(-1, (2, 16)).permute(0, 3, 1, 2, 4) for t in (q, cell_means(k, pool)))  # [B, heads, h, w, d]
     down, across = attention._tables((10, 10), 1.0, x.dtype)
-    by_head = [t.unflatten(-1, (2, 16)).permute(0, 3, 1, 2, 4) for t in (q, k)]  # [B, heads, h, w, d]
-    logits = torch.einsum("bnyxd,bnuvd->bnyxuv", *by_head) / 4
-    logits = logits + torch.einsum("bnyxd,yud->bnyxu", by_head[0], down)[..., None]
-    logits = logits + torch.einsum("bnyxd,xvd->bnyxv", by_head[0], across)[..., None, :]
+    logits = torch.einsum("bnyxd,bnuvd->bnyxuv", q, k) / 4
+    logits = logits + torch.einsum("bnyxd,yud->bnyxu", q, down)[..., None]
+    logits = logits + torch.einsum("bnyxd,xvd->bnyxv", q, across)[..., None, :]
     pattern = logits.flatten(-2).softmax(-1)  # [B, heads, h, w, keys]
     tokens = cell_means(x, pool).flatten(1, 2).double() @ directions
     expected = torch.einsum("bnyxk,bkr->nbyxr", pattern.double(), tokens).flatten(1, 3)
-    for found, of_head in zip(_gathered(attention, x, None, directions), expected):
+    for found, of_head in zip(_gathered(attention, x, None, directions), expected, strict=True):
         assert gap(found, of_head) < 1e-4, gap(found, of_head)
 
 
