@@ -15,6 +15,7 @@ All in float64 on the CPU, whatever the device: some devices have no float64, an
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 
@@ -64,7 +65,8 @@ def _gathered(
     By the attention itself, whose values are made as many directions at a time as a head has channels.
     """
     heads, inner, dim = attention.num_heads, attention.inner, x.shape[-1]
-    probe, found = copy.deepcopy(attention), []
+    probe: Any = copy.deepcopy(attention)
+    found = []
     probe.semi_cross = True
     probe.qkv = torch.nn.Linear(dim, 3 * inner, device=x.device)
     probe.qkv.weight.copy_(attention.qkv.weight)
