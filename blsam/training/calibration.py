@@ -118,7 +118,7 @@ class Calibration:
         self.through = False  # whether the dense stream has been made to its end
         self.branches = branches = sum(block.e_block is not None for block in self.blocks.values())
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
-        weight += len(self.model.predictors) * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
+        weight += self.stages * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
         self.descent = Descent(settings.minutes, weight, settings.dtype, self.device, tokens.shape[-1])
 
     # --- the three passes ---------------------------------------------------------------------------------------
@@ -262,13 +262,13 @@ class Calibration:
         """The student's stream stage by stage from `start` on: its E-branches learn to come out where the dense does."""
         if start == 0:
             self._write_through(nn.Identity(), "goal-0", "student-0")
-        for number in range(start, len(self.model.predictors)):
+        for number in range(start, self.stages):
             began = time.perf_counter()
             loss = self._fit_stage(number)
             self._write_routed(number)
             self.progress(
                 f"pass 3, stage {number}: error {loss:.4f}, {time.perf_counter() - began:.1f} s",
-                0.5 + (number + 1) / len(self.model.predictors) / 2,
+                0.5 + (number + 1) / self.stages / 2,
             )
             self._save(3, number + 1, (f"student-{number + 1}",))
 
@@ -348,7 +348,7 @@ class Calibration:
     def _dense(self, image: torch.Tensor) -> torch.Tensor:
         """What the dense model makes of an image [3, S, S]."""
         x = self.model.stem(image[None])
-        for number in (None, *range(len(self.model.predictors))):
+        for number in (None, *range(self.stages)):
             x = self.model.run_stage(x, number)
         return self.model.compared(x)
 
