@@ -11,13 +11,14 @@ if TYPE_CHECKING:  # options need the names alone, at once
 
 DTYPES = ("float32", "bfloat16", "auto")
 WIDE = 768  # of ViT-B
+TINY = 192  # of vit_t
 
 # By kind of processor and runtime: the width of tokens from which bfloat16 was measured to be faster than float32
 # (docs/speed.md). Where nothing was measured float32 is taken.
 FASTER_FROM = {
     ("amx", "torch"): 0,
     ("amx", "openvino"): 0,
-    ("avx512_bf16", "torch"): WIDE,
+    ("avx512_bf16", "torch"): TINY,
     ("avx512_bf16", "openvino"): 0,
 }
 

@@ -24,8 +24,12 @@ from .windows import exporting
 
 BLOCK = 2**21  # logits that the blocked form holds at a time: 8 MB, so that the passes over them stay in the cache
 FEW = 196  # keys, those of a window of 14 x 14, up to which training in bfloat16 on a CPU is fastest with all weights held
+KIND = processor()
 # weights (256 MB, several times over) up to which it does so with more keys; with a matrix unit it was not measured
-HELD = 0 if processor() == "amx" else 2**27
+HELD = 0 if KIND == "amx" else 2**27
+# what the blocked form is the fastest in on a CPU: with a matrix unit torch's fused attention is faster in bfloat16, and
+# elsewhere it was not measured
+BLOCKED_IN = (torch.float32, torch.bfloat16) if KIND == "avx512_bf16" else (torch.float32,)
 ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
 Keys = tuple[torch.Tensor, torch.Tensor]
@@ -79,27 +83,37 @@ class Folded(Plain):
 
 
 class Blocked(Plain):
-    """`BLOCK` logits at a time, in the same memory: every step finds them in the cache. Without gradients."""
+    """`BLOCK` logits at a time, in the same memory: every step finds them in the cache. Without gradients.
+
+    In half precision both products are, between them logits and weights are float32.
+    """
 
     def __call__(self, q: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor, keys: Keys) -> torch.Tensor:
         heads, (k, v) = keys[0].shape[1], (t.flatten(0, 1) for t in keys)
         q, rel_h, rel_w = (t.reshape(len(k), -1, t.shape[-1]) for t in (q, rel_h, rel_w))  # [G*heads, n, ...]
+        exact = torch.promote_types(q.dtype, torch.float32)
+        rel_h, rel_w = rel_h.to(exact), rel_w.to(exact)
         n, count = q.shape[1], k.shape[1]
         rows = min(n, max(1, BLOCK // count))
         batch = min(len(k), max(1, BLOCK // (rows * count)))
         k, out, none = k.transpose(1, 2), torch.empty_like(q), q.new_zeros(())
-        memory = q.new_empty(batch * rows * count)
+        memory = q.new_empty(batch * rows * count, dtype=exact)
+        products = memory if q.dtype == exact else q.new_empty(memory.shape)
         for i in range(0, len(k), batch):
             for j in range(0, n, rows):
                 here = (slice(i, i + batch), slice(j, j + rows))
                 shape = (*q[here].shape[:2], count)
-                logits = memory[: math.prod(shape)].view(shape)
-                torch.baddbmm(none, q[here], k[i : i + batch], beta=0, alpha=self.d**-0.5, out=logits)
+                logits, product = (held[: math.prod(shape)].view(shape) for held in (memory, products))
+                torch.baddbmm(none, q[here], k[i : i + batch], beta=0, alpha=self.d**-0.5, out=product)
+                if products is not memory:
+                    logits.copy_(product)
                 grid = logits.unflatten(-1, self.size)
                 grid += rel_h[here][..., None]
                 grid += rel_w[here][..., None, :]
                 torch.softmax(logits, -1, out=logits)  # each row is read before it is written
-                out[here] = torch.bmm(logits, v[i : i + batch])
+                if products is not memory:
+                    product.copy_(logits)
+                out[here] = torch.bmm(product, v[i : i + batch])
         return out.unflatten(0, (-1, heads))
 
 
@@ -107,7 +121,8 @@ FORMS: dict[str, type[Plain]] = {"plain": Plain, "folded": Folded, "blocked": Bl
 
 
 def choose_form(dtype: torch.dtype, device: torch.device, gradient: bool, count: int, weights: int) -> str:
-    """The form that was measured to be the fastest: blocked in float32 on a CPU, folded elsewhere and in training.
+    """The form that was measured to be the fastest: blocked on a CPU in the types of `BLOCKED_IN`, folded elsewhere and in
+    training.
 
     Exports are plain, and training in bfloat16 on a CPU where the keys are few, as in windows, or (without a matrix unit)
     all weights of attention fit into little memory: forward and backward, torch's fused attention takes up to twice as
@@ -116,11 +131,11 @@ def choose_form(dtype: torch.dtype, device: torch.device, gradient: bool, count:
     """
     if exporting():
         return "plain"
+    if not gradient and device.type in ("cpu", "meta") and dtype in BLOCKED_IN:
+        return "blocked"
     if gradient and dtype == torch.bfloat16 and device.type == "cpu" and (count <= FEW or weights <= HELD):
         return "plain"
-    if dtype != torch.float32 or device.type not in ("cpu", "meta") or gradient:
-        return "folded"
-    return "blocked"
+    return "folded"
 
 
 def one_hot_positions(size: tuple[int, int], channels: int, like: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,7 @@ def test_the_form_is_chosen_by_dtype_device_gradient_and_sizes(
     dtype, device, gradient, count, weights, form, monkeypatch
 ):
     monkeypatch.setattr("blsam.modeling.product.HELD", 2**27)  # whatever this processor has
+    monkeypatch.setattr("blsam.modeling.product.BLOCKED_IN", (torch.float32,))
     assert choose_form(dtype, torch.device(device), gradient, count, weights) == form
 
 
@@ -88,6 +89,31 @@ def test_with_a_matrix_unit_weights_are_held_in_windows_alone(monkeypatch):
     monkeypatch.setattr("blsam.modeling.product.HELD", 0)
     chosen = [choose_form(torch.bfloat16, torch.device("cpu"), True, count, 2**20) for count in (196, 4096)]
     assert chosen == ["plain", "folded"]
+
+
+def test_in_bfloat16_without_a_matrix_unit_blocks_are_for_inference(monkeypatch):
+    monkeypatch.setattr("blsam.modeling.product.BLOCKED_IN", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr("blsam.modeling.product.HELD", 0)
+    devices, cases = ("cpu", "meta", "cuda"), ((False, "blocked"), (True, "folded"))
+    chosen = {
+        (name, gradient): choose_form(torch.bfloat16, torch.device(name), gradient, 4096, 2**20)
+        for name in devices
+        for gradient, _ in cases
+    }
+    assert chosen == {
+        (name, gradient): form if name != "cuda" else "folded" for name in devices for gradient, form in cases
+    }
+
+
+@pytest.mark.parametrize("name", ["blocked", "folded"])
+@torch.no_grad()
+def test_logits_and_weights_are_not_summed_in_bfloat16(name):
+    q, rel_h, rel_w, kv = inputs(windows=2, heads=2, size=(14, 14), n=50, dtype=torch.bfloat16)
+    product = FORMS[name]((14, 14), 16)
+    out = product(q, rel_h * product.scale, rel_w * product.scale, product.keys(kv))
+    exact = by_hand(q, rel_h, rel_w, kv)
+    error = ((out.double() - exact).square().mean().sqrt() / exact.std()).item()
+    assert error < 0.006, error
 
 
 @pytest.mark.parametrize("name", ["plain", "folded"])
