@@ -22,14 +22,13 @@ import torch.nn.functional as F
 from ..precision import processor
 from .windows import exporting
 
-BLOCK = 2**21  # logits that the blocked form holds at a time: 8 MB, so that the passes over them stay in the cache
+BLOCK = (
+    2**21
+)  # logits that the blocked form holds at a time: 8 MB (in bfloat16 12), so that the passes over them stay in the cache
 FEW = 196  # keys, those of a window of 14 x 14, up to which training in bfloat16 on a CPU is fastest with all weights held
 KIND = processor()
 # weights (256 MB, several times over) up to which it does so with more keys; with a matrix unit it was not measured
 HELD = 0 if KIND == "amx" else 2**27
-# what the blocked form is the fastest in on a CPU: with a matrix unit torch's fused attention is faster in bfloat16, and
-# elsewhere it was not measured
-BLOCKED_IN = (torch.float32, torch.bfloat16) if KIND == "avx512_bf16" else (torch.float32,)
 ALIGN = 32  # channels of the folded form are rounded up to this: what matrix units take at once
 
 Keys = tuple[torch.Tensor, torch.Tensor]
@@ -85,7 +84,7 @@ class Folded(Plain):
 class Blocked(Plain):
     """`BLOCK` logits at a time, in the same memory: every step finds them in the cache. Without gradients.
 
-    In half precision both products are, between them logits and weights are float32.
+    In half precision both products are, and what they give is rounded to it; positions and softmax are float32.
     """
 
     def __call__(self, q: torch.Tensor, rel_h: torch.Tensor, rel_w: torch.Tensor, keys: Keys) -> torch.Tensor:
@@ -121,19 +120,21 @@ FORMS: dict[str, type[Plain]] = {"plain": Plain, "folded": Folded, "blocked": Bl
 
 
 def choose_form(dtype: torch.dtype, device: torch.device, gradient: bool, count: int, weights: int) -> str:
-    """The form that was measured to be the fastest: blocked on a CPU in the types of `BLOCKED_IN`, folded elsewhere and in
-    training.
+    """The form that was measured to be the fastest.
 
-    Exports are plain, and training in bfloat16 on a CPU where the keys are few, as in windows, or (without a matrix unit)
-    all weights of attention fit into little memory: forward and backward, torch's fused attention takes up to twice as
-    long there. `gradient`: whether any input of the product needs one; `count`: of keys; `weights`: of all heads,
-    queries and keys.
+    Blocked on a CPU without gradients, in float32 and, on the kind of processor where it was measured, in bfloat16: with a
+    matrix unit torch's fused attention is faster there. Plain in exports, and in training in bfloat16 on a CPU where the
+    keys are few, as in windows, or (without a matrix unit) all weights of attention fit into little memory: forward and
+    backward, fused attention takes up to twice as long there. Elsewhere folded.
+
+    `gradient`: whether any input of the product needs one; `count`: of keys; `weights`: of all heads, queries and keys.
     """
     if exporting():
         return "plain"
-    if not gradient and device.type in ("cpu", "meta") and dtype in BLOCKED_IN:
+    half = dtype == torch.bfloat16
+    if not gradient and device.type in ("cpu", "meta") and (dtype == torch.float32 or half and KIND == "avx512_bf16"):
         return "blocked"
-    if gradient and dtype == torch.bfloat16 and device.type == "cpu" and (count <= FEW or weights <= HELD):
+    if gradient and half and device.type == "cpu" and (count <= FEW or weights <= HELD):
         return "plain"
     return "folded"
 

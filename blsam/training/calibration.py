@@ -108,8 +108,6 @@ class Calibration:
         self.device = tokens.device
         self.streams = Streams(folder, count, tokens.shape[1:-1], tokens.shape[-1], self.device)
         self.steps, self.stage_steps, self.batch_size = settings.of_tokens(self.streams.tokens)
-        decided = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
-        self.identity = json.dumps(asdict(settings) | decided) + identity
         self.sizes = [inputs(i)[1] for i in range(count)]
         self.ratios = sorted({*KEEP_RATIOS, settings.keep_ratio})
         self.blocks = {i: block for i, block in enumerate(self.model.blocks) if isinstance(block, RoutedBlock)}
@@ -120,6 +118,9 @@ class Calibration:
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += self.stages * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
         self.descent = Descent(settings.minutes, weight, settings.dtype, self.device, tokens.shape[-1])
+        decided = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
+        decided["dtype"] = str(self.descent.dtype)
+        self.identity = json.dumps(asdict(settings) | decided) + identity
 
     # --- the three passes ---------------------------------------------------------------------------------------
 
@@ -411,7 +412,7 @@ class Calibration:
         x = self.streams.read(f"dense-{first}", 0)
         wide = {block.window_size: block for block in self.blocks.values()}
 
-        def through() -> dict[int, float]:
+        def through(x: torch.Tensor) -> dict[int, float]:
             """Seconds of a photo in the wide part of every layer."""
             cost = {}
             for window, block in wide.items():
@@ -421,9 +422,12 @@ class Calibration:
                 cost[window] = time.perf_counter() - began
             return {i: cost[block.window_size] for i, block in self.blocks.items()}
 
-        exact = through()
-        with products_in(self.descent.dtype, self.device):
-            fast = sum(through().values())
+        exact = through(x)
+        with (
+            products_in(self.descent.dtype, self.device),
+            torch.enable_grad(),
+        ):  # as a step, which may compute otherwise
+            fast = sum(through(x.clone().requires_grad_()).values())
         layers = sum(c for i, c in exact.items() if self.blocks[i].e_block is not None or i == first) / exact[first]
         steps = self.stage_steps * self.batch_size  # forward and back they take about what a dense pass does
         # beside them the student's stream of all photos, which takes less than the dense one

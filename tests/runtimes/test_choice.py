@@ -39,11 +39,11 @@ def test_auto_takes_the_fastest_that_is_installed(kind, dtype, monkeypatch):
 
 @pytest.mark.parametrize(("installed", "expected"), [(True, "openvino bfloat16"), (False, "torch float32")])
 def test_auto_and_auto_choose_the_runtime_first(installed, expected, monkeypatch):
-    """A small encoder where bfloat16 is faster in OpenVINO and slower in torch."""
+    """A narrow encoder where bfloat16 is faster in OpenVINO and slower in torch."""
     monkeypatch.setattr(precision, "processor", lambda: "avx512_bf16")
     if not installed:
         monkeypatch.setattr(choice, "find_spec", lambda name: None)
-    runtime, dtype = resolve("auto", "auto", "cpu", 192)
+    runtime, dtype = resolve("auto", "auto", "cpu", 96)
     assert f"{runtime} {str(dtype).removeprefix('torch.')}" == expected
 
 
@@ -78,7 +78,7 @@ def test_what_does_not_go_together(monkeypatch):
 
 
 def test_models_for_comparison_are_torch_s_and_said_to_be(monkeypatch):
-    monkeypatch.setattr(precision, "processor", lambda: "avx512_bf16")
+    monkeypatch.setattr(precision, "processor", lambda: "avx512")
     rule = MODELS["evit_vit_t"]
     assert resolve_for(rule, "auto", "auto") == ("torch", torch.float32)
     with pytest.raises(ValueError, match="runs in torch alone, not in openvino"):
