@@ -118,8 +118,8 @@ class Calibration:
         weight = branches * (WEIGHTS["attention"] + WEIGHTS["feed_forward"])
         weight += self.stages * (WEIGHTS["predictor"] + (WEIGHTS["stage"] if branches else 0))
         self.descent = Descent(settings.minutes, weight, settings.dtype, self.device, tokens.shape[-1])
-        decided = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
-        decided["dtype"] = str(self.descent.dtype)
+        decided: dict[str, Any] = {"steps": self.steps, "stage_steps": self.stage_steps, "batch_size": self.batch_size}
+        decided["dtype"] = str(self.descent.dtype)  # "auto" may come to another elsewhere
         self.identity = json.dumps(asdict(settings) | decided) + identity
 
     # --- the three passes ---------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def test_every_form_is_the_formula(name, dtype):
     assert out.shape == q.shape and difference < (1e-5 if dtype == torch.float32 else 0.1), difference
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.3)], ids=str)
 @torch.no_grad()
 def test_blocks_cut_windows_and_queries(dtype, bound):
     q, rel_h, rel_w, kv = inputs(windows=5, heads=3, size=(40, 40), n=1500, dtype=dtype)
