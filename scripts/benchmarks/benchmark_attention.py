@@ -6,8 +6,9 @@
 
 All forms get the same q, k, v and the same position logits; the largest gap to float64 stands beside each time.
 
-    folded    positions as channels of q and k, one fused attention   (ours: GPUs, training, bfloat16 with a matrix unit)
-    blocked   product, positions, softmax, product on blocks in the cache        (ours: on a CPU otherwise)
+    folded    positions as channels of q and k, one fused attention   (ours: GPUs, training, bfloat16 on most CPUs)
+    blocked   product, positions, softmax, product on blocks in the cache   (ours: float32 on a CPU, bfloat16 on one with
+              AVX-512's instructions for it and no matrix unit)
     plain     the formula as it stands                (ours: exports, training of few weights in bfloat16 on a CPU)
     compiled  the plain form through torch.compile
     chunked   fused attention with a bias matrix, a piece of the queries at a time
