@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from ..precision import processor
 from .windows import exporting
 
-BLOCK = (
-    2**21
-)  # logits that the blocked form holds at a time: 8 MB (in bfloat16 12), so that the passes over them stay in the cache
+# logits that the blocked form holds at a time: 8 MB (in bfloat16 12), so that the passes over them stay in the cache
+BLOCK = 2**21
 FEW = 196  # keys, those of a window of 14 x 14, up to which training in bfloat16 on a CPU is fastest with all weights held
 KIND = processor()
 # weights (256 MB, several times over) up to which it does so with more keys; with a matrix unit it was not measured

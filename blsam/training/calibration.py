@@ -423,10 +423,8 @@ class Calibration:
             return {i: cost[block.window_size] for i, block in self.blocks.items()}
 
         exact = through(x)
-        with (
-            products_in(self.descent.dtype, self.device),
-            torch.enable_grad(),
-        ):  # as a step, which may compute otherwise
+        # with gradients attention may be computed in another form
+        with products_in(self.descent.dtype, self.device), torch.enable_grad():
             fast = sum(through(x.clone().requires_grad_()).values())
         layers = sum(c for i, c in exact.items() if self.blocks[i].e_block is not None or i == first) / exact[first]
         steps = self.stage_steps * self.batch_size  # forward and back they take about what a dense pass does
