@@ -44,14 +44,15 @@ def test_auto_is_what_was_measured_to_be_faster(monkeypatch, kind, runtime, widt
 def test_the_builders_ask_for_their_own_width(monkeypatch):
     """And the mask generator for the decoder's, 256."""
     monkeypatch.setattr(precision, "processor", lambda: "avx512_bf16")
+    monkeypatch.setitem(precision.FASTER_FROM, ("avx512_bf16", "torch"), precision.WIDE)
     with torch.device("meta"):
-        nowhere = build_sam(CONFIGS["vit_t"], dtype="auto", image_size=64)
-    assert nowhere.image_encoder.blocks[0].mlp.lin1.weight.dtype == torch.float32  # no processor at all
-    sam = build_sam(CONFIGS["vit_t"], dtype="auto", image_size=64)
-    assert sam.image_encoder.blocks[0].mlp.lin1.weight.dtype == torch.bfloat16
-    assert SamAutomaticMaskGenerator(sam, decoder_dtype="auto").decoder_dtype == torch.bfloat16
-    monkeypatch.setitem(precision.FASTER_FROM, ("avx512_bf16", "torch"), 257)
-    assert SamAutomaticMaskGenerator(sam, decoder_dtype="auto").decoder_dtype == torch.float32
+        found = {name: build_sam(CONFIGS[name], dtype="auto", image_size=64) for name in ("vit_t", "vit_b")}
+    weights = {name: sam.image_encoder.blocks[0].mlp.lin1.weight.dtype for name, sam in found.items()}
+    assert weights == {"vit_t": torch.float32, "vit_b": torch.float32}  # no processor at all
+    found = {name: build_sam(CONFIGS[name], dtype="auto", image_size=64) for name in ("vit_t", "vit_b")}
+    weights = {name: sam.image_encoder.blocks[0].mlp.lin1.weight.dtype for name, sam in found.items()}
+    assert weights == {"vit_t": torch.float32, "vit_b": torch.bfloat16}
+    assert SamAutomaticMaskGenerator(found["vit_b"], decoder_dtype="auto").decoder_dtype == torch.float32
     wide, narrow = (
         build_classifier(CLASSIFIERS[name], dtype="auto") for name in ("vit_base_patch16_224", "vit_mini_patch4_32")
     )

@@ -31,8 +31,8 @@ from ..files import write_atomically
 from ..modeling.blocks import EBlock, RoutedBlock, take
 from ..modeling.routing import ImportancePredictor, Stage
 from ..modeling.staged import Staged
-from ..precision import products_in
 from .descent import Descent
+from .estimate import minutes_in_all
 from .losses import cosine_distance
 from .starts import start_attention, start_feed_forward
 from .streams import Streams
@@ -407,29 +407,9 @@ class Calibration:
             self.note(self._estimate(layer, seconds))
 
     def _estimate(self, first: int, seconds: float) -> str:
-        """How long the whole run takes, from the seconds of the first layer with an E-branch and of one photo in each
-        kind of layer."""
-        x = self.streams.read(f"dense-{first}", 0)
-        wide = {block.window_size: block for block in self.blocks.values()}
-
-        def through(x: torch.Tensor) -> dict[int, float]:
-            """Seconds of a photo in the wide part of every layer."""
-            cost = {}
-            for window, block in wide.items():
-                block.dense(x).sum().item()  # once to warm up; .item() waits for the device
-                began = time.perf_counter()
-                block.dense(x).sum().item()
-                cost[window] = time.perf_counter() - began
-            return {i: cost[block.window_size] for i, block in self.blocks.items()}
-
-        exact = through(x)
-        # with gradients attention may be computed in another form
-        with products_in(self.descent.dtype, self.device), torch.enable_grad():
-            fast = sum(through(x.clone().requires_grad_()).values())
-        layers = sum(c for i, c in exact.items() if self.blocks[i].e_block is not None or i == first) / exact[first]
-        steps = self.stage_steps * self.batch_size  # forward and back they take about what a dense pass does
-        # beside them the student's stream of all photos, which takes less than the dense one
-        minutes = (seconds * layers + steps * fast + self.count * sum(exact.values())) / 60
+        """How long the whole run takes, from the seconds of the first layer with an E-branch."""
+        x, in_stages = self.streams.read(f"dense-{first}", 0), self.stage_steps * self.batch_size
+        minutes = minutes_in_all(self.blocks, x, first, seconds, self.descent.dtype, in_stages, self.count)
         if self.settings.minutes is None or minutes <= self.settings.minutes:
             return f"about {minutes:.0f} minutes in all"
         return f"about {minutes:.0f} minutes without the limit of {self.settings.minutes:g}: fewer steps of every fit"

@@ -78,10 +78,10 @@ def test_what_does_not_go_together(monkeypatch):
 
 
 def test_models_for_comparison_are_torch_s_and_said_to_be(monkeypatch):
-    monkeypatch.setattr(precision, "processor", lambda: "avx512")
+    monkeypatch.setattr(precision, "processor", lambda: "avx512_bf16")
     rule = MODELS["evit_vit_t"]
-    assert resolve_for(rule, "auto", "auto") == ("torch", torch.float32)
+    assert resolve_for(rule, "auto", "auto") == ("torch", torch.bfloat16)
     with pytest.raises(ValueError, match="runs in torch alone, not in openvino"):
         resolve_for(rule, "openvino", "float32")
     args = argparse.Namespace(model="evit_vit_t", runtime="auto", dtype="auto", device="cpu")
-    assert computed_in(args) == {"runtime": "torch", "dtype": "float32"}
+    assert computed_in(args) == {"runtime": "torch", "dtype": "bfloat16"}
