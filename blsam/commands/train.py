@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " multiple of --image-size; its embedding is averaged to the student's grid")  # fmt: skip
     add("--cache", type=Path, metavar="DIR", help="the teacher's embeddings, from scripts/cache_embeddings.py")
     add("--stage", choices=("all", "encoder"), help="encoder: L_fd alone, with the teacher's decoder")
-    add("--train", choices=("all", "decoder"), help="decoder: the image encoder stays as it is")
+    add("--train", choices=("all", "decoder", "scores"), help="decoder: the image encoder stays as it is; scores: every"
+        " mask, too, what predicts their IoU learns")  # fmt: skip
     add_option(group, "--image-size", help="side of the model's input, a multiple of 16; default 1024")
     more = {"type": parse_ratios, "metavar": "R[,R...]", "default": None}
     words = "each step draws one of them; validation takes the first; default: the model's own, 0.25 of a bLSAM"
@@ -167,13 +168,13 @@ def check_together(args: argparse.Namespace) -> None:
         raise UsageError("--stage encoder learns from a --teacher or a --cache")
     if args.answers and args.stage != "encoder":
         raise UsageError("--answers are those of the teacher's decoder, which only --stage encoder keeps")
-    if args.stage == "encoder" and args.train == "decoder":
-        raise UsageError("--stage encoder and --train decoder leave nothing to train")
-    if args.train == "decoder" and taught:
-        raise UsageError("--train decoder keeps the image encoder as it is: a teacher has nothing to teach")
+    if args.stage == "encoder" and args.train != "all":
+        raise UsageError(f"--stage encoder and --train {args.train} leave nothing to train")
+    if args.train != "all" and taught:
+        raise UsageError(f"--train {args.train} keeps the image encoder as it is: a teacher has nothing to teach")
     if MODELS[args.model].routed and args.init is None and args.teacher not in DENSE:
         raise UsageError(f"{args.model} starts from --init or from a dense --teacher")
     if MODELS[args.model].rule is not None and (args.strategy == "fsdp" or args.checkpointing):
         raise UsageError(f"{args.model} does not run its blocks whole: no --strategy fsdp, no --checkpointing")
-    if args.train == "decoder" and args.init is None:
-        raise UsageError("--train decoder needs --init")
+    if args.train != "all" and args.init is None:
+        raise UsageError(f"--train {args.train} needs --init")

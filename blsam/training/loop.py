@@ -97,7 +97,7 @@ def one_step(run: Run, samples: Iterator[list[Sample]], done: float, rows: Rows)
     # on a GPU, parts are waited for in the logged steps alone
     timed = settings.device.type == "cpu" or (step + 1) % settings.log_every == 0
     watch = Stopwatch(settings.device if timed else CPU)
-    backward = "decoder backward" if settings.train == "decoder" else "student backward"
+    backward = "student backward" if settings.train == "all" else "decoder backward"
     for i in range(settings.accumulate):
         with watch("data"):
             given = next(samples)
@@ -160,7 +160,7 @@ def measure(run: Run) -> tuple[dict[str, float], list[np.ndarray]]:
             for name, some in measured.values.items():
                 values.setdefault(f"val_{name}", []).extend(some)
             prime |= {i: [mask[j].cpu().numpy() for mask in measured.prime] for j, i in enumerate(mine)}
-    names = ("val_box", "val_click", "val_cosine", "val_error")
+    names = ("val_box", "val_click", "val_score", "val_cosine", "val_error")
     parts = run.world.gather((values, prime))
     together = {name: [v for found, _ in parts for v in found.get(name, [])] for name in names}
     masks = {i: one for _, found in parts for i, one in found.items()}
@@ -215,6 +215,7 @@ def set_up(settings: TrainSettings, world: World) -> Run:
         settings.clicks,
         settings.supervised,
         settings.answers,
+        settings.train == "scores",
     )
     model = prepare(
         TrainedSam(sam, objective),
@@ -276,8 +277,11 @@ def build_models(settings: TrainSettings, cache: EmbeddingCache | None) -> tuple
     if settings.stage == "encoder":
         take_decoder(sam, decoder)
         sam.mask_decoder.requires_grad_(False)
-    if settings.train == "decoder":
+    if settings.train != "all":
         sam.image_encoder.requires_grad_(False)
+    if settings.train == "scores":
+        sam.mask_decoder.requires_grad_(False)
+        sam.mask_decoder.iou_prediction_head.requires_grad_(True)
     return sam, teacher
 
 

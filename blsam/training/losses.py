@@ -67,9 +67,15 @@ def supervised_loss(
     """
     logits, scores = logits[:, masks].float(), scores[:, masks].float()
     best = MASK_LOSSES[kind](logits, target[:, None].expand_as(logits)).min(dim=1).values
+    return best.mean() + score_loss(logits, scores, target)
+
+
+def score_loss(logits: torch.Tensor, scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Squared error of the predicted IoU, a mean over P objects and M masks: logits [P, M, h, w], scores [P, M], target
+    [P, h, w]."""
     with torch.no_grad():
         true_iou = mask_iou(logits, target)
-    return (best + F.mse_loss(scores, true_iou, reduction="none").mean(1)).mean()
+    return F.mse_loss(scores.float(), true_iou)
 
 
 def answer_loss(

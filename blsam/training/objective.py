@@ -20,7 +20,15 @@ from ..modeling.mask_decoder import decode_photo
 from ..modeling.routing import Routing
 from ..modeling.sam import Sam
 from ..modeling.windows import real_tokens
-from .losses import DISTILLATION_LOSSES, answer_loss, cosine_loss, mask_iou, relative_mse_loss, supervised_loss
+from .losses import (
+    DISTILLATION_LOSSES,
+    answer_loss,
+    cosine_loss,
+    mask_iou,
+    relative_mse_loss,
+    score_loss,
+    supervised_loss,
+)
 from .prompts import boxes_of, corrective_clicks, first_clicks, noisy_boxes, random_clicks
 
 SINGLE, MULTI = slice(0, 1), slice(1, 4)  # mask tokens of SAM's decoder
@@ -81,7 +89,8 @@ def _on_grid_of(sam: Sam, target: torch.Tensor) -> torch.Tensor:
 @dataclass(frozen=True)
 class Objective:
     """Which terms there are and how they weigh; `clicks`: at most so many corrective ones after the first prompt;
-    `answers`: prompts an image whose answers are to be the teacher's, by a frozen decoder that is the teacher's."""
+    `answers`: prompts an image whose answers are to be the teacher's, by a frozen decoder that is the teacher's;
+    `scores_alone`: of L_sup the error of the predicted IoU alone, of all four masks whatever is asked for."""
 
     mask_loss: str = "sam"
     distill_loss: str = "cosine"
@@ -89,6 +98,7 @@ class Objective:
     clicks: int = 1
     supervised: bool = True
     answers: int = 0
+    scores_alone: bool = False
 
     def __post_init__(self) -> None:
         if self.answers and self.supervised:
@@ -107,9 +117,9 @@ class Losses:
 
 @dataclass
 class Measured:
-    """IoU of every object from its box and from one click (most confident of three, at the decoder's resolution),
-    cosine to the teacher of every image and its error as a share of the teacher's variance; prime tokens [B, H, W] bool
-    of every stage."""
+    """IoU of every object from its box and from one click (most confident of three, at the decoder's resolution), how far
+    the predicted IoU is off for both; cosine to the teacher of every image and its error as a share of the teacher's
+    variance; prime tokens [B, H, W] bool of every stage."""
 
     values: dict[str, list[float]]
     prime: list[torch.Tensor]
@@ -177,7 +187,7 @@ class TrainedSam(nn.Module):
         users ask for one mask); from the second prompt on three masks or the single one, half each. The most confident
         mask goes on: its logits are fed back, the next click lies where it is wrong.
         """
-        rng, kind = torch.Generator().manual_seed(key), self.objective.mask_loss
+        rng = torch.Generator().manual_seed(key)
         points: Clicks | None = None
         given: torch.Tensor | None = None
         if torch.rand((), generator=rng) < 0.5:
@@ -186,7 +196,7 @@ class TrainedSam(nn.Module):
             points = first_clicks(masks, rng, self._pixels)
         logits, scores = decode(self.sam, embedding, points, given)
         first = [MULTI] if given is None else [MULTI, SINGLE]
-        losses = [torch.stack([supervised_loss(logits, scores, masks, m, kind) for m in first]).mean()]
+        losses = [torch.stack([self._apart(logits, scores, masks, asked) for asked in first]).mean()]
         asked = MULTI
         with torch.no_grad():
             first_iou = mask_iou(logits[:, MULTI], masks).max(1).values.mean()
@@ -197,8 +207,14 @@ class TrainedSam(nn.Module):
             points = new if points is None else (torch.cat([points[0], new[0]], 1), torch.cat([points[1], new[1]], 1))
             logits, scores = decode(self.sam, embedding, points, given, previous[:, None])
             asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
-            losses.append(supervised_loss(logits, scores, masks, asked, kind))
+            losses.append(self._apart(logits, scores, masks, asked))
         return torch.stack(losses).mean(), first_iou
+
+    def _apart(self, logits: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor, asked: slice) -> torch.Tensor:
+        """L_sup of one round of prompts."""
+        if self.objective.scores_alone:
+            return score_loss(logits, scores, masks)
+        return supervised_loss(logits, scores, masks, asked, self.objective.mask_loss)
 
     def _answered(self, batch: Batch, embeddings: torch.Tensor) -> torch.Tensor:
         """Distance to the teacher's answers, [B]: to clicks anywhere in the image, or to boxes around what it answers to
@@ -249,7 +265,7 @@ class TrainedSam(nn.Module):
         return self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
 
     def _measure(self, batch: Batch, embeddings: torch.Tensor, routing: Routing) -> Measured:
-        found: dict[str, list[float]] = {"box": [], "click": []}
+        found: dict[str, list[float]] = {"box": [], "click": [], "score": []}
         for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
             if not len(masks):  # or damaged
                 continue
@@ -257,8 +273,10 @@ class TrainedSam(nn.Module):
             clicks = first_clicks(masks, torch.Generator().manual_seed(key), self._pixels)
             for name, points, given in (("box", None, boxes), ("click", clicks, None)):
                 logits, scores = self._answers(embedding[None], h, w, points, given, three=True)
-                best = logits[torch.arange(len(masks)), scores.argmax(1)]
-                found[name] += mask_iou(best[:, None], masks)[:, 0].tolist()
+                best = scores.max(1)
+                true = mask_iou(logits[torch.arange(len(masks)), best.indices][:, None], masks)[:, 0]
+                found[name] += true.tolist()
+                found["score"] += (best.values - true).abs().tolist()
         if batch.target is not None:
             good, both = batch.weights > 0, (embeddings, batch.target, _real(batch, embeddings))
             found["cosine"] = (1 - cosine_loss(*both))[good].tolist()

@@ -43,18 +43,17 @@ def test_passes_give_the_gradient_of_the_whole_batch(settings, tmp_path, monkeyp
     assert worst < 1e-3, worst  # half precision
 
 
-def test_the_decoder_alone(settings, photos, tmp_path):
+@pytest.mark.parametrize("what, part", [("decoder", ""), ("scores", "iou_prediction_head.")])
+def test_the_decoder_alone(what, part, settings, photos, tmp_path):
     coco = write_coco(photos, tmp_path / "instances.json")
     path = train(
-        replace(
-            settings, train="decoder", data=(coco,), images=photos, teacher=None, teacher_checkpoint=None, clicks=2
-        )
+        replace(settings, train=what, data=(coco,), images=photos, teacher=None, teacher_checkpoint=None, clicks=2)
     )
     before, after = (read(name)[0] for name in (STUDENT, path))
     same = {key for key in before if torch.equal(before[key], after[key])}
     resampled = {key for key in before if before[key].shape != after[key].shape}
     changed = set(before) - same - resampled
-    assert changed and all(key.startswith("mask_decoder.") for key in changed), sorted(changed)[:3]
+    assert changed and all(key.startswith(f"mask_decoder.{part}") for key in changed), sorted(changed)[:3]
 
 
 def test_a_student_with_a_finer_embedding(settings, tmp_path):

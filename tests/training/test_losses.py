@@ -12,6 +12,8 @@ from blsam.training.losses import (
     mask_iou,
     relative_mse_loss,
     sam_mask_loss,
+    score_loss,
+    supervised_loss,
 )
 
 
@@ -27,6 +29,18 @@ def test_losses_on_a_hand_computed_case():
     assert sam_mask_loss(half, target[:, None]).item() == pytest.approx(20 * 2 * 0.25 * 50 / 16 + 2 / 7, rel=1e-5)
     # 1.6 x the 2 x 2 box about (1, 1) reaches the pixel centres at 0.5, 1.5 and 2.5: 9 pixels, 2 of them wrong
     assert balanced_mask_loss(half, target[:, None]).item() == pytest.approx(2 * 50 / 9 + 2 / 7, rel=1e-5)
+
+
+def test_the_best_mask_and_every_score_are_learnt():
+    target = torch.zeros(1, 4, 4)
+    target[0, :2, :2] = 1
+    perfect = torch.where(target > 0, 50.0, -50.0)[:, None]
+    half = perfect.clone()
+    half[0, 0, 0, :2] = -50
+    logits, scores = torch.cat([half, perfect, half, half], 1), torch.tensor([[0.4, 0.9, 0.7, 0.5]])
+    apart = [0.1**2, 0.1**2, 0.2**2, 0]
+    assert score_loss(logits, scores, target).item() == pytest.approx(sum(apart) / 4)
+    assert supervised_loss(logits, scores, target, slice(1, 4)).item() == pytest.approx(sum(apart[1:]) / 3, abs=1e-6)
 
 
 def test_distillation_losses_on_a_hand_computed_case():

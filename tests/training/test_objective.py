@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from blsam import sam_model_registry
+from blsam.training import objective
 from blsam.training.objective import Batch, Objective, TrainedSam, decode
 
 
@@ -67,3 +68,16 @@ def test_answers_are_asked_for_in_every_way_and_where_the_image_is(sam, monkeypa
 def test_a_decoder_that_learns_gives_no_answers_to_learn():
     with pytest.raises(ValueError, match="no longer the teacher's"):
         Objective(answers=1)
+
+
+@pytest.mark.parametrize("key", range(4))  # boxes and clicks, asked for one mask or three
+def test_scores_alone_are_those_of_all_masks_and_nothing_else(key, sam, monkeypatch):
+    masks = torch.zeros(2, 16, 16)
+    masks[:, 4:8, 4:8] = 1
+    logits = torch.where(masks > 0, 1.0, -1.0)[:, None] * torch.tensor([1.0, 1, 1, -1]).view(1, 4, 1, 1)
+    scores = torch.tensor([[0.8, 1, 1, 0], [1, 1, 0.4, 0]])  # true ones: 1, 1, 1, 0
+    monkeypatch.setattr(objective, "decode", lambda *given: (logits, scores))
+    model = TrainedSam(sam, Objective(scores_alone=True, clicks=2))
+    boxes = torch.tensor([[16.0, 16, 32, 32]] * 2)
+    loss, iou = model._prompted(torch.zeros(1, 256, 4, 4), masks, boxes, key)
+    assert loss.item() == pytest.approx((0.2**2 + 0.6**2) / 8) and iou.item() == 1

@@ -1,0 +1,63 @@
+"""Two changes to a SAM's mask decoder that need no training, in any of its checkpoints.
+
+    python -m scripts.studies.edit_decoder single vit_t_fine.safetensors -o changed.safetensors
+    python -m scripts.studies.edit_decoder from vit_t_fine.safetensors blsam_vit_t_fine.safetensors -o changed.safetensors
+
+`single`: of the three masks of an ambiguous prompt the second is what the decoder answers where one mask is wanted. The
+three learn from the best of them alone, so in a model that saw little each is worse than the single one, also where the
+prompt leaves no doubt. The scores should then be learnt anew (`blsam train --train scores`).
+
+`from`: the decoder of the first checkpoint with the image encoder and the prompts of the second.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from blsam.checkpoint import State, read, save
+from blsam.options import Parser, UsageError, check_output, exit_status
+
+DECODER = "mask_decoder."
+SECOND, SINGLE = 2, 0  # of the decoder's four mask tokens
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__)
+    what = parser.add_subparsers(dest="what", required=True)
+    for name, inputs in (("single", ("checkpoint",)), ("from", ("decoder", "checkpoint"))):
+        one = what.add_parser(name)
+        for path in inputs:
+            one.add_argument(path, type=Path)
+        one.add_argument("-o", "--output", type=Path, required=True)
+    args = parser.parse_args(argv)
+    check_output("-o", args.output, taken=[args.checkpoint, getattr(args, "decoder", None)])
+    state, metadata = read(args.checkpoint)
+    changed = with_single_as_second(state) if args.what == "single" else with_decoder(state, read(args.decoder)[0])
+    save(args.output, changed, metadata)
+    return 0
+
+
+def with_single_as_second(state: State) -> State:
+    """Token, hypernetwork and score of the single mask in the place of the second of three: what it was is lost."""
+    changed = dict(state)
+    second, single = (f"{DECODER}output_hypernetworks_mlps.{i}." for i in (SECOND, SINGLE))
+    changed |= {second + key[len(single) :]: value.clone() for key, value in state.items() if key.startswith(single)}
+    last = max(key for key in state if key.startswith(f"{DECODER}iou_prediction_head.layers."))  # one row a mask
+    last = last[: last.rindex(".")]
+    for key in (f"{DECODER}mask_tokens.weight", f"{last}.weight", f"{last}.bias"):
+        changed[key] = state[key].clone()
+        changed[key][SECOND] = state[key][SINGLE]
+    return changed
+
+
+def with_decoder(state: State, other: State) -> State:
+    """All of `state` but its decoder, which is the other's; UsageError where their shapes differ."""
+    theirs = {key: value for key, value in other.items() if key.startswith(DECODER)}
+    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in state.items() if k.startswith(DECODER)}:
+        raise UsageError("the two checkpoints have decoders of different shapes")
+    return {**state, **theirs}
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("edit_decoder", main))

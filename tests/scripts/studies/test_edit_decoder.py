@@ -1,0 +1,43 @@
+"""Changed decoders: what they answer, and which tensors are whose."""
+
+import pytest
+import torch
+
+from blsam import sam_model_registry
+from blsam.checkpoint import read, save
+from blsam.options import shipped_checkpoint
+from blsam.training.objective import decode
+from scripts.studies.edit_decoder import main
+
+
+def test_the_second_mask_is_the_single_one(tmp_path):
+    path = tmp_path / "changed.safetensors"
+    assert main(["single", str(shipped_checkpoint("vit_t")), "-o", str(path)]) == 0
+    torch.manual_seed(0)
+    embedding, boxes = torch.randn(1, 256, 4, 4), torch.tensor([[3.0, 5, 40, 60]])
+    with torch.no_grad():
+        before, after = (
+            decode(sam_model_registry["vit_t"](name, image_size=64), embedding, boxes=boxes)
+            for name in (shipped_checkpoint("vit_t"), path)
+        )
+    for one, other in zip(before, after, strict=True):  # logits and scores
+        assert not torch.allclose(one[:, 0], one[:, 2], atol=1e-2)
+        torch.testing.assert_close(other[:, 2], other[:, 0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_of_another(tmp_path):
+    dense, routed = (shipped_checkpoint(name) for name in ("vit_t", "blsam_vit_t"))
+    assert main(["from", str(dense), str(routed), "-o", str(tmp_path / "changed.safetensors")]) == 0
+    (found, facts), (theirs, _), (own, known) = map(read, (tmp_path / "changed.safetensors", dense, routed))
+    assert facts == known and found.keys() == own.keys()
+    for key, value in found.items():
+        assert torch.equal(value, (theirs if key.startswith("mask_decoder.") else own)[key]), key
+
+
+def test_decoders_that_do_not_fit_and_files_that_are_needed(tmp_path):
+    small = {"mask_decoder.mask_tokens.weight": torch.zeros(4, 8)}
+    save(tmp_path / "small.safetensors", small, {})
+    routed = str(shipped_checkpoint("blsam_vit_t"))
+    for output, error in (("out.safetensors", "different shapes"), ("small.safetensors", "would overwrite")):
+        with pytest.raises(ValueError, match=error):
+            main(["from", str(tmp_path / "small.safetensors"), routed, "-o", str(tmp_path / output)])
