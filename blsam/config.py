@@ -280,6 +280,13 @@ REDUCED: dict[str, EncoderConfig] = {
 }
 MODELS = CONFIGS | REDUCED
 
+# What the commands give the mask generator where a model is less sure of its masks than SAM, whose defaults, 0.88 and
+# 0.95, leave next to nothing of them.
+THRESHOLDS: dict[str, dict[str, Any]] = {
+    name: {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
+    for name in ("vit_t", "blsam_vit_t", "vit_t_fine", "blsam_vit_t_fine")
+}
+
 
 def _classifier(size: str, dim: int, heads: int) -> ClassifierConfig:
     return ClassifierConfig(name=f"vit_{size}_patch16_224", dim=dim, depth=12, heads=heads)

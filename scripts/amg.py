@@ -25,6 +25,7 @@ def main() -> None:
     for name in ("--device", "--keep-ratio", "--image-size", "--dtype", "--runtime", "--no-cache"):
         add_option(parser, name)
     add_settings(parser)
+    parser.set_defaults(pred_iou_thresh=0.88, stability_score_thresh=0.95)  # SAM's, whatever the model
     args = parser.parse_args()
     args.model = SAM_DEFAULT if args.model_type == "default" else args.model_type
     args.photos, args.no_exif = [args.input], False  # upright, as OpenCV reads

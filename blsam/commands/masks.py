@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..config import THRESHOLDS
 from ..files import sha256
 from ..options import (
     UsageError,
@@ -47,15 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("photos", type=Path, nargs="+", metavar="PATH", help="photo, folder or tar")
     add_model_options(parser)
-    add_settings(parser)
+    add_settings(parser, f"; but --model {', '.join(THRESHOLDS)}: {_in_words(THRESHOLDS['vit_t'])}")
     add("--format", choices=FORMATS, default="coco", help="coco: one json over all, beside one for each photo")
     add("--no-exif", action="store_true", help="take the pixels as stored, not turned as EXIF says")
     add("-o", "--output", type=Path, required=True, metavar="DIR")
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """The options of SAM's generator, by SAM's names."""
-    group = parser.add_argument_group("masks", "as in SAM's amg.py")
+def add_settings(parser: argparse.ArgumentParser, besides: str = "") -> None:
+    """The options of SAM's generator, by SAM's names; besides: what else is to be said of their defaults."""
+    group = parser.add_argument_group("masks", f"as in SAM's amg.py{besides}")
     for name, (kind, words) in SETTINGS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__[0].upper(), help=words)
     parser.add_argument(
@@ -65,7 +66,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Masks of every photo, and a line on what was done."""
-    options = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
+    own = {name: value for name, value in THRESHOLDS.get(args.model, {}).items() if name not in given}
+    options = given | own
     for name, value in options.items():
         least = 1 if name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor") else 0
         if not value >= least:
@@ -109,4 +112,9 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("none of the photos can be read")
     kept = f", {done.kept} were there" if done.kept else ""
     lost = f", {len(done.damaged)} could not be read" if done.damaged else ""
-    print(f"{args.output}: {done.masks} masks of {done.made} photos{kept}{lost}")
+    said = f"; {_in_words(own)}, as of a model less sure than SAM" if own else ""
+    print(f"{args.output}: {done.masks} masks of {done.made} photos{kept}{lost}{said}")
+
+
+def _in_words(options: dict[str, float]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in options.items())

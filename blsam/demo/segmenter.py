@@ -18,6 +18,7 @@ import torch
 from pycocotools import mask as rle_tools
 
 from ..automatic_mask_generator import SamAutomaticMaskGenerator
+from ..config import THRESHOLDS
 from ..decoding import decode
 from ..distributed import Stopwatch
 from ..encoded import Encoded
@@ -28,11 +29,9 @@ from .photos import BoundedCache, Photo, Refused, open_photo
 PHOTO_BYTES, ENCODING_BYTES = 512 * 2**20, 256 * 2**20
 MAX_POINTS = 1000
 MAX_WAITING, MAX_EVERYTHING = 24, 8  # requests that wait for the model; more are told to come back
-EVERYTHING: dict[str, Any] = {  # for the small model that ships, which is less sure of itself than SAM
+EVERYTHING: dict[str, Any] = {
     "points_per_side": 16,
     "points_per_batch": 16,  # clicks of others get their turn between two batches
-    "pred_iou_thresh": 0.5,
-    "stability_score_thresh": 0.8,
 }
 
 
@@ -229,7 +228,8 @@ class _SharedGenerator(SamAutomaticMaskGenerator):
     """ "Everything" on a photo that is encoded already, batch by batch on the model's thread."""
 
     def __init__(self, segmenter: Segmenter, photo: Photo, encoding: Encoding) -> None:
-        super().__init__(segmenter.sam, output_mode="coco_rle", **EVERYTHING)
+        kept = THRESHOLDS.get(segmenter.sam.image_encoder.config.name, {})
+        super().__init__(segmenter.sam, output_mode="coco_rle", **EVERYTHING, **kept)
         self.segmenter = segmenter
         shown = replace(encoding.encoded, original_size=photo.preview_size)
         self.predictor = predictor_on(segmenter.sam, shown)

@@ -1,17 +1,19 @@
 """Two changes to a SAM's mask decoder that need no training, in any of its checkpoints.
 
-    python -m scripts.studies.edit_decoder single vit_t_fine.safetensors -o changed.safetensors
+    python -m scripts.studies.edit_decoder single vit_t_fine.safetensors --below 0.03 -o changed.safetensors
     python -m scripts.studies.edit_decoder from vit_t_fine.safetensors blsam_vit_t_fine.safetensors -o changed.safetensors
 
 `single`: of the three masks of an ambiguous prompt the second is what the decoder answers where one mask is wanted. The
 three learn from the best of them alone, so in a model that saw little each is worse than the single one, also where the
-prompt leaves no doubt. The scores should then be learnt anew (`blsam train --train scores`).
+prompt leaves no doubt. `--below` lowers the third mask's score, so that it is not taken where the two are as good as
+equal.
 
 `from`: the decoder of the first checkpoint with the image encoder and the prompts of the second.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from blsam.checkpoint import State, read, save
 from blsam.options import Parser, UsageError, check_output, exit_status
 
 DECODER = "mask_decoder."
-SECOND, SINGLE = 2, 0  # of the decoder's four mask tokens
+SINGLE, SECOND, THIRD = 0, 2, 3  # of the decoder's four mask tokens
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,16 +32,24 @@ def main(argv: list[str] | None = None) -> int:
         for path in inputs:
             one.add_argument(path, type=Path)
         one.add_argument("-o", "--output", type=Path, required=True)
+        if name == "single":
+            one.add_argument("--below", type=float, default=0.0, metavar="IOU", help="the third's score by so much")
     args = parser.parse_args(argv)
     check_output("-o", args.output, taken=[args.checkpoint, getattr(args, "decoder", None)])
     state, metadata = read(args.checkpoint)
-    changed = with_single_as_second(state) if args.what == "single" else with_decoder(state, read(args.decoder)[0])
+    if args.what == "from":
+        changed = with_decoder(state, read(args.decoder)[0])
+    elif math.isfinite(args.below):
+        changed = with_single_as_second(state, args.below)
+    else:
+        raise UsageError("--below must be a finite number")
     save(args.output, changed, metadata)
     return 0
 
 
-def with_single_as_second(state: State) -> State:
-    """Token, hypernetwork and score of the single mask in the place of the second of three: what it was is lost."""
+def with_single_as_second(state: State, below: float = 0.0) -> State:
+    """Token, hypernetwork and score of the single mask in the place of the second of three, and the third's score lower by
+    `below`."""
     changed = dict(state)
     second, single = (f"{DECODER}output_hypernetworks_mlps.{i}." for i in (SECOND, SINGLE))
     changed |= {second + key[len(single) :]: value.clone() for key, value in state.items() if key.startswith(single)}
@@ -48,6 +58,7 @@ def with_single_as_second(state: State) -> State:
     for key in (f"{DECODER}mask_tokens.weight", f"{last}.weight", f"{last}.bias"):
         changed[key] = state[key].clone()
         changed[key][SECOND] = state[key][SINGLE]
+    changed[f"{last}.bias"][THIRD] -= below
     return changed
 
 

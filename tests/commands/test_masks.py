@@ -1,5 +1,6 @@
 """The command on real photos, and SAM's script of the same options."""
 
+import inspect
 import json
 import os
 import signal
@@ -9,12 +10,15 @@ import time
 
 import numpy as np
 import pytest
+import segment_anything
 from PIL import Image
 from skimage import data
 
 from blsam import SamAutomaticMaskGenerator, sam_model_registry
 from blsam.cli import main
+from blsam.config import THRESHOLDS
 from blsam.options import shipped_checkpoint
+from scripts import amg
 from tests.helpers import ROOT
 
 OPTIONS = {"points_per_side": 4, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.7}
@@ -34,11 +38,17 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_masks_are_the_generator_s(photos, tmp_path, capsys):
-    assert main(["masks", str(photos), "--model", MODEL, "--dtype", "float32", *FLAGS, "-o", str(tmp_path)]) == 0
-    assert "masks of 3 photos" in capsys.readouterr().out
+@pytest.mark.parametrize("flags", [FLAGS, FLAGS[:2], FLAGS[:4]], ids=["all given", "none given", "one given"])
+def test_masks_are_the_generator_s(flags, photos, tmp_path, capsys):
+    assert main(["masks", str(photos), "--model", MODEL, "--dtype", "float32", *flags, "-o", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "masks of 3 photos" in said
     sam = sam_model_registry[MODEL](shipped_checkpoint(MODEL))
-    generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **OPTIONS)
+    options = dict(OPTIONS)
+    for name in [name for name in THRESHOLDS[MODEL] if f"--{name.replace('_', '-')}" not in flags]:
+        options[name] = THRESHOLDS[MODEL][name]
+        assert f"--{name.replace('_', '-')} {options[name]:g}" in said
+    generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **options)
     total = 0
     for name in "abc":
         found = json.loads((tmp_path / "photos" / f"{name}.json").read_text())
@@ -46,6 +56,19 @@ def test_masks_are_the_generator_s(photos, tmp_path, capsys):
         assert found == {"size": [120, 160], "masks": expected}
         total += len(expected)
     assert total and len(json.loads((tmp_path / "coco.json").read_text())["annotations"]) == total
+
+
+def test_sam_s_script_keeps_sam_s_thresholds(monkeypatch):
+    given = []
+    monkeypatch.setattr(amg, "run", given.append)
+    monkeypatch.setattr(sys, "argv", "amg --input a --output b --model-type vit_t --checkpoint c".split())
+    amg.main()
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(segment_anything.SamAutomaticMaskGenerator.__init__).parameters.items()
+    }
+    for name in THRESHOLDS[MODEL]:
+        assert getattr(given[0], name) == defaults[name], name
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from scripts.studies.edit_decoder import main
 
 def test_the_second_mask_is_the_single_one(tmp_path):
     path = tmp_path / "changed.safetensors"
-    assert main(["single", str(shipped_checkpoint("vit_t")), "-o", str(path)]) == 0
+    assert main(["single", str(shipped_checkpoint("vit_t")), "-o", str(path), "--below", "0.25"]) == 0
     torch.manual_seed(0)
     embedding, boxes = torch.randn(1, 256, 4, 4), torch.tensor([[3.0, 5, 40, 60]])
     with torch.no_grad():
@@ -23,6 +23,10 @@ def test_the_second_mask_is_the_single_one(tmp_path):
     for one, other in zip(before, after, strict=True):  # logits and scores
         assert not torch.allclose(one[:, 0], one[:, 2], atol=1e-2)
         torch.testing.assert_close(other[:, 2], other[:, 0], rtol=1e-4, atol=1e-4)
+    biases = [
+        read(name)[0]["mask_decoder.iou_prediction_head.layers.2.bias"] for name in (shipped_checkpoint("vit_t"), path)
+    ]
+    assert (biases[0] - biases[1])[3].item() == pytest.approx(0.25, abs=1e-3)
 
 
 def test_the_decoder_of_another(tmp_path):
