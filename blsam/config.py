@@ -280,12 +280,10 @@ REDUCED: dict[str, EncoderConfig] = {
 }
 MODELS = CONFIGS | REDUCED
 
-# What the commands give the mask generator where a model is less sure of its masks than SAM, whose defaults, 0.88 and
-# 0.95, leave next to nothing of them.
-THRESHOLDS: dict[str, dict[str, Any]] = {
-    name: {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
-    for name in ("vit_t", "blsam_vit_t", "vit_t_fine", "blsam_vit_t_fine")
-}
+# What `blsam masks` and the page give the mask generator for the small models, which are less sure of their masks than
+# SAM: its defaults, 0.88 and 0.95, leave next to nothing of them.
+SURE: dict[str, Any] = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
+THRESHOLDS = dict.fromkeys(("vit_t", "blsam_vit_t", "vit_t_fine", "blsam_vit_t_fine"), SURE)
 
 
 def _classifier(size: str, dim: int, heads: int) -> ClassifierConfig:

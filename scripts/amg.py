@@ -7,7 +7,7 @@ python scripts/amg.py --checkpoint sam_vit_b_01ec64.pth --model-type vit_b --inp
 import sys
 from pathlib import Path
 
-from blsam.commands.masks import add_settings, run
+from blsam.commands.masks import add_settings, make_masks
 from blsam.memory import keep_memory
 from blsam.options import OPTIONS, Parser, add_option, exit_status
 
@@ -25,12 +25,11 @@ def main() -> None:
     for name in ("--device", "--keep-ratio", "--image-size", "--dtype", "--runtime", "--no-cache"):
         add_option(parser, name)
     add_settings(parser)
-    parser.set_defaults(pred_iou_thresh=0.88, stability_score_thresh=0.95)  # SAM's, whatever the model
     args = parser.parse_args()
     args.model = SAM_DEFAULT if args.model_type == "default" else args.model_type
     args.photos, args.no_exif = [args.input], False  # upright, as OpenCV reads
     args.format = "rle" if args.convert_to_rle else "png"
-    run(args)
+    make_masks(args, {})  # SAM's defaults, whatever the model
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ LOSSES = {"sup": "masks", "fd": "distillation", "answers": "the teacher's answer
 MEASURED = {
     "val_box": "box mean IoU",
     "val_click": "one click, mean IoU",
-    "val_score": "predicted IoU, how far off",
     "val_cosine": "cosine to the teacher",
     "val_error": "error to the teacher, of its variance",
+    "val_score_error": "predicted IoU, how far off",
 }
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import __version__
-from ..config import THRESHOLDS
+from ..config import SURE, THRESHOLDS
 from ..files import sha256
 from ..options import (
     UsageError,
@@ -29,7 +31,7 @@ from ..precision import DTYPES
 
 FORMATS = ("coco", "rle", "png")
 SAID = 5  # damaged photos that are named
-SETTINGS: dict[str, tuple[type, str]] = {  # of SAM's generator, by its argument; its defaults are taken
+SETTINGS: dict[str, tuple[type, str]] = {  # of SAM's generator, by its argument, with its default
     "points_per_side": (int, "points of the grid along a side; 32"),
     "points_per_batch": (int, "points decoded at a time; 64"),
     "pred_iou_thresh": (float, "least predicted IoU; 0.88"),
@@ -48,16 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("photos", type=Path, nargs="+", metavar="PATH", help="photo, folder or tar")
     add_model_options(parser)
-    add_settings(parser, f"; but --model {', '.join(THRESHOLDS)}: {_in_words(THRESHOLDS['vit_t'])}")
+    add_settings(parser, {name: f", {value:g} of {', '.join(THRESHOLDS)}" for name, value in SURE.items()})
     add("--format", choices=FORMATS, default="coco", help="coco: one json over all, beside one for each photo")
     add("--no-exif", action="store_true", help="take the pixels as stored, not turned as EXIF says")
     add("-o", "--output", type=Path, required=True, metavar="DIR")
 
 
-def add_settings(parser: argparse.ArgumentParser, besides: str = "") -> None:
-    """The options of SAM's generator, by SAM's names; besides: what else is to be said of their defaults."""
-    group = parser.add_argument_group("masks", f"as in SAM's amg.py{besides}")
+def add_settings(parser: argparse.ArgumentParser, besides: Mapping[str, str] = MappingProxyType({})) -> None:
+    """The options of SAM's generator, by SAM's names; besides: what else is to be said of a default."""
+    group = parser.add_argument_group("masks", "as in SAM's amg.py")
     for name, (kind, words) in SETTINGS.items():
+        words += besides.get(name, "")
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__[0].upper(), help=words)
     parser.add_argument(
         "--decoder-dtype", choices=DTYPES, default="float32", help="what the mask decoder multiplies in"
@@ -65,9 +68,14 @@ def add_settings(parser: argparse.ArgumentParser, besides: str = "") -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Masks of every photo, and a line on what was done."""
+    """`blsam masks`."""
+    make_masks(args, THRESHOLDS.get(args.model, {}))
+
+
+def make_masks(args: argparse.Namespace, defaults: Mapping[str, Any]) -> None:
+    """Masks of every photo, and a line on what was done; defaults: those that are not SAM's."""
     given = {name: value for name in SETTINGS if (value := getattr(args, name)) is not None}
-    own = {name: value for name, value in THRESHOLDS.get(args.model, {}).items() if name not in given}
+    own = {name: value for name, value in defaults.items() if name not in given}
     options = given | own
     for name, value in options.items():
         least = 1 if name in ("points_per_side", "points_per_batch", "crop_n_points_downscale_factor") else 0
@@ -112,9 +120,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("none of the photos can be read")
     kept = f", {done.kept} were there" if done.kept else ""
     lost = f", {len(done.damaged)} could not be read" if done.damaged else ""
-    said = f"; {_in_words(own)}, as of a model less sure than SAM" if own else ""
-    print(f"{args.output}: {done.masks} masks of {done.made} photos{kept}{lost}{said}")
-
-
-def _in_words(options: dict[str, float]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in options.items())
+    print(f"{args.output}: {done.masks} masks of {done.made} photos{kept}{lost}")
+    if own:
+        taken = " and ".join(f"--{name.replace('_', '-')} {value:g}" for name, value in own.items())
+        print(f"{args.model} is less sure of its masks than SAM: {taken} were taken")

@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " multiple of --image-size; its embedding is averaged to the student's grid")  # fmt: skip
     add("--cache", type=Path, metavar="DIR", help="the teacher's embeddings, from scripts/cache_embeddings.py")
     add("--stage", choices=("all", "encoder"), help="encoder: L_fd alone, with the teacher's decoder")
-    add("--train", choices=("all", "decoder", "scores"), help="decoder: the image encoder stays as it is; scores: every"
-        " mask, too, what predicts their IoU learns")  # fmt: skip
+    add("--train", choices=("all", "decoder", "scores"), help="decoder: the image encoder stays as it is; scores:"
+        " the masks too, only what predicts their IoU learns")  # fmt: skip
     add_option(group, "--image-size", help="side of the model's input, a multiple of 16; default 1024")
     more = {"type": parse_ratios, "metavar": "R[,R...]", "default": None}
     words = "each step draws one of them; validation takes the first; default: the model's own, 0.25 of a bLSAM"
@@ -176,5 +176,7 @@ def check_together(args: argparse.Namespace) -> None:
         raise UsageError(f"{args.model} starts from --init or from a dense --teacher")
     if MODELS[args.model].rule is not None and (args.strategy == "fsdp" or args.checkpointing):
         raise UsageError(f"{args.model} does not run its blocks whole: no --strategy fsdp, no --checkpointing")
+    if args.train == "scores" and args.mask_loss != "sam":
+        raise UsageError("--train scores learns no masks: no --mask-loss")
     if args.train != "all" and args.init is None:
         raise UsageError(f"--train {args.train} needs --init")

@@ -131,7 +131,10 @@ def validate(run: Run) -> None:
             row["prime_jaccard"] = round(jaccard(prime, _prime_at_start(run, prime)), 4)
         run.folder.log({"step": run.progress.step} | row)
         run.progress.validated = run.progress.step
-        score = found.get("val_box" if run.settings.supervised else "val_cosine")
+        if run.settings.train == "scores":
+            score = -found["val_score_error"] if "val_score_error" in found else None
+        else:
+            score = found.get("val_box" if run.settings.supervised else "val_cosine")
         if score is None:
             raise ValueError("no photo held out has an object to validate on; --holdout 0 goes without")
         if score > run.progress.best:
@@ -160,7 +163,7 @@ def measure(run: Run) -> tuple[dict[str, float], list[np.ndarray]]:
             for name, some in measured.values.items():
                 values.setdefault(f"val_{name}", []).extend(some)
             prime |= {i: [mask[j].cpu().numpy() for mask in measured.prime] for j, i in enumerate(mine)}
-    names = ("val_box", "val_click", "val_score", "val_cosine", "val_error")
+    names = ("val_box", "val_click", "val_score_error", "val_cosine", "val_error")
     parts = run.world.gather((values, prime))
     together = {name: [v for found, _ in parts for v in found.get(name, [])] for name in names}
     masks = {i: one for _, found in parts for i, one in found.items()}

@@ -195,8 +195,8 @@ class TrainedSam(nn.Module):
         else:
             points = first_clicks(masks, rng, self._pixels)
         logits, scores = decode(self.sam, embedding, points, given)
-        first = [MULTI] if given is None else [MULTI, SINGLE]
-        losses = [torch.stack([self._apart(logits, scores, masks, asked) for asked in first]).mean()]
+        first = [MULTI] if given is None or self.objective.scores_alone else [MULTI, SINGLE]
+        losses = [torch.stack([self._round(logits, scores, masks, asked) for asked in first]).mean()]
         asked = MULTI
         with torch.no_grad():
             first_iou = mask_iou(logits[:, MULTI], masks).max(1).values.mean()
@@ -207,11 +207,11 @@ class TrainedSam(nn.Module):
             points = new if points is None else (torch.cat([points[0], new[0]], 1), torch.cat([points[1], new[1]], 1))
             logits, scores = decode(self.sam, embedding, points, given, previous[:, None])
             asked = MULTI if torch.rand((), generator=rng) < 0.5 else SINGLE
-            losses.append(self._apart(logits, scores, masks, asked))
+            losses.append(self._round(logits, scores, masks, asked))
         return torch.stack(losses).mean(), first_iou
 
-    def _apart(self, logits: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor, asked: slice) -> torch.Tensor:
-        """L_sup of one round of prompts."""
+    def _round(self, logits: torch.Tensor, scores: torch.Tensor, masks: torch.Tensor, asked: slice) -> torch.Tensor:
+        """L_sup of one round of prompts; of scores alone that of all four masks, whichever are asked for."""
         if self.objective.scores_alone:
             return score_loss(logits, scores, masks)
         return supervised_loss(logits, scores, masks, asked, self.objective.mask_loss)
@@ -265,7 +265,7 @@ class TrainedSam(nn.Module):
         return self.sam.image_encoder.img_size // (4 * self.sam.prompt_encoder.image_embedding_size[0])
 
     def _measure(self, batch: Batch, embeddings: torch.Tensor, routing: Routing) -> Measured:
-        found: dict[str, list[float]] = {"box": [], "click": [], "score": []}
+        found: dict[str, list[float]] = {"box": [], "click": [], "score_error": []}
         for embedding, (masks, boxes), key in zip(embeddings, batch.objects, batch.keys):
             if not len(masks):  # or damaged
                 continue
@@ -276,7 +276,7 @@ class TrainedSam(nn.Module):
                 best = scores.max(1)
                 true = mask_iou(logits[torch.arange(len(masks)), best.indices][:, None], masks)[:, 0]
                 found[name] += true.tolist()
-                found["score"] += (best.values - true).abs().tolist()
+                found["score_error"] += (best.values - true).abs().tolist()
         if batch.target is not None:
             good, both = batch.weights > 0, (embeddings, batch.target, _real(batch, embeddings))
             found["cosine"] = (1 - cosine_loss(*both))[good].tolist()

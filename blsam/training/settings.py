@@ -73,7 +73,7 @@ class TrainSettings(RunSettings):
     holdout: float = 0.05
     teacher_size: int | None = None
     cache: Path | None = None
-    train: str = "all"
+    train: str = "all"  # or what alone learns: "decoder", or of it the "scores"
     stage: str = "all"
     image_size: int = 1024
     distill_loss: str = "cosine"

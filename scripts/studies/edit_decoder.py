@@ -3,17 +3,16 @@
     python -m scripts.studies.edit_decoder single vit_t_fine.safetensors --below 0.03 -o changed.safetensors
     python -m scripts.studies.edit_decoder from vit_t_fine.safetensors blsam_vit_t_fine.safetensors -o changed.safetensors
 
-`single`: of the three masks of an ambiguous prompt the second is what the decoder answers where one mask is wanted. The
-three learn from the best of them alone, so in a model that saw little each is worse than the single one, also where the
-prompt leaves no doubt. `--below` lowers the third mask's score, so that it is not taken where the two are as good as
-equal.
+`single`: of the three masks of an ambiguous prompt the second becomes a copy of the one that is answered where a single
+mask is wanted. The three learn from the best of them alone, so in a model that saw little each is worse than the single
+one, also where the prompt leaves no doubt. `--below` lowers the third mask's score, so that it is not taken where the two
+are as good as equal. The other masks change a little too, since the decoder's tokens look at each other.
 
-`from`: the decoder of the first checkpoint with the image encoder and the prompts of the second.
+`from`: the decoder of the first checkpoint with the encoders of the second.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -27,24 +26,36 @@ SINGLE, SECOND, THIRD = 0, 2, 3  # of the decoder's four mask tokens
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
     what = parser.add_subparsers(dest="what", required=True)
+    paths = {"decoder": "whose decoder is taken", "checkpoint": "to be changed; stays as it is"}
     for name, inputs in (("single", ("checkpoint",)), ("from", ("decoder", "checkpoint"))):
         one = what.add_parser(name)
         for path in inputs:
-            one.add_argument(path, type=Path)
+            one.add_argument(path, type=Path, metavar=path.upper(), help=paths[path])
         one.add_argument("-o", "--output", type=Path, required=True)
         if name == "single":
-            one.add_argument("--below", type=float, default=0.0, metavar="IOU", help="the third's score by so much")
+            one.add_argument(
+                "--below", type=float, default=0.0, metavar="IOU", help="lower the third's score by so much"
+            )
     args = parser.parse_args(argv)
     check_output("-o", args.output, taken=[args.checkpoint, getattr(args, "decoder", None)])
-    state, metadata = read(args.checkpoint)
-    if args.what == "from":
-        changed = with_decoder(state, read(args.decoder)[0])
-    elif math.isfinite(args.below):
+    if args.what == "single" and not 0 <= args.below <= 1:
+        raise UsageError("--below lies in [0, 1]")
+    state, metadata = decoded(args.checkpoint)
+    if args.what == "single":
         changed = with_single_as_second(state, args.below)
     else:
-        raise UsageError("--below must be a finite number")
+        changed = with_decoder(state, decoded(args.decoder)[0])
     save(args.output, changed, metadata)
     return 0
+
+
+def decoded(path: Path) -> tuple[State, dict[str, str]]:
+    """A checkpoint with a mask decoder; UsageError if it has none of SAM's shape."""
+    state, metadata = read(path)
+    needed = [f"{DECODER}{name}" for name in ("mask_tokens.weight", "iou_prediction_head.layers.0.weight")]
+    if any(key not in state for key in needed) or len(state[needed[0]]) != 4:
+        raise UsageError(f"{path} has no mask decoder with four masks, as SAM's")
+    return state, metadata
 
 
 def with_single_as_second(state: State, below: float = 0.0) -> State:

@@ -1,6 +1,5 @@
 """The command on real photos, and SAM's script of the same options."""
 
-import inspect
 import json
 import os
 import signal
@@ -21,7 +20,7 @@ from blsam.options import shipped_checkpoint
 from scripts import amg
 from tests.helpers import ROOT
 
-OPTIONS = {"points_per_side": 4, "pred_iou_thresh": 0.5, "stability_score_thresh": 0.7}
+OPTIONS = {"points_per_side": 4, "pred_iou_thresh": 0.45, "stability_score_thresh": 0.7}
 FLAGS = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 MODEL = "vit_t"
 
@@ -38,16 +37,18 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-@pytest.mark.parametrize("flags", [FLAGS, FLAGS[:2], FLAGS[:4]], ids=["all given", "none given", "one given"])
-def test_masks_are_the_generator_s(flags, photos, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "given", [["points_per_side"], ["points_per_side", "pred_iou_thresh"], list(OPTIONS)], ids=len
+)
+def test_masks_are_the_generator_s(given, photos, tmp_path, capsys):
+    flags = [text for name in given for text in (f"--{name.replace('_', '-')}", str(OPTIONS[name]))]
     assert main(["masks", str(photos), "--model", MODEL, "--dtype", "float32", *flags, "-o", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "masks of 3 photos" in said
+    for name, value in THRESHOLDS[MODEL].items():
+        assert (f"--{name.replace('_', '-')} {value:g}" in said) == (name not in given), said
     sam = sam_model_registry[MODEL](shipped_checkpoint(MODEL))
-    options = dict(OPTIONS)
-    for name in [name for name in THRESHOLDS[MODEL] if f"--{name.replace('_', '-')}" not in flags]:
-        options[name] = THRESHOLDS[MODEL][name]
-        assert f"--{name.replace('_', '-')} {options[name]:g}" in said
+    options = THRESHOLDS[MODEL] | {name: OPTIONS[name] for name in given}
     generator = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **options)
     total = 0
     for name in "abc":
@@ -58,17 +59,21 @@ def test_masks_are_the_generator_s(flags, photos, tmp_path, capsys):
     assert total and len(json.loads((tmp_path / "coco.json").read_text())["annotations"]) == total
 
 
-def test_sam_s_script_keeps_sam_s_thresholds(monkeypatch):
-    given = []
-    monkeypatch.setattr(amg, "run", given.append)
-    monkeypatch.setattr(sys, "argv", "amg --input a --output b --model-type vit_t --checkpoint c".split())
+def test_sam_s_script_keeps_sam_s_thresholds(photos, tmp_path, monkeypatch):
+    made = []
+
+    class Watched(SamAutomaticMaskGenerator):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr("blsam.automatic_mask_generator.SamAutomaticMaskGenerator", Watched)
+    words = ["amg", "--input", photos, "--output", tmp_path / "out", "--checkpoint", shipped_checkpoint(MODEL)]
+    monkeypatch.setattr(sys, "argv", [*map(str, words), "--model-type", MODEL, "--points-per-side", "2"])
     amg.main()
-    defaults = {
-        name: p.default
-        for name, p in inspect.signature(segment_anything.SamAutomaticMaskGenerator.__init__).parameters.items()
-    }
+    plain = segment_anything.SamAutomaticMaskGenerator(made[0].predictor.model)
     for name in THRESHOLDS[MODEL]:
-        assert getattr(given[0], name) == defaults[name], name
+        assert getattr(made[0], name) == getattr(plain, name) > THRESHOLDS[MODEL][name]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def test_a_restart_goes_on_in_the_folder_that_it_began_alone(tmp_path, monkeypat
         (["--steps", "1", "--init", "a.pth", "--train", "decoder", "--cache", "c"], "has nothing to teach"),
         (["--steps", "1", "--init", "a.pth", "--train", "scores", "--cache", "c"], "has nothing to teach"),
         (["--steps", "1", "--init", "a.pth", "--train", "scores", "--stage", "encoder", "--cache", "c"], "nothing to"),
+        (["--steps", "1", "--init", "a.pth", "--train", "scores", "--mask-loss", "balanced"], "learns no masks"),
         (["--steps", "1", "--init", "a.pth", "--answers", "4"], "which only --stage encoder keeps"),
         (["--steps", "1", "--init", "a.pth", "--answers", "-1"], "--answers and --workers are not negative"),
         (["--steps", "1", "--init", "a.pth", "--stage", "encoder"], "learns from a --teacher or a --cache"),

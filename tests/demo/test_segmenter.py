@@ -3,14 +3,16 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from skimage import data
 
-from blsam import distributed, sam_model_registry
+from blsam import build_sam, distributed, sam_model_registry
+from blsam.config import CONFIGS, THRESHOLDS
 from blsam.demo.photos import Refused
-from blsam.demo.segmenter import MAX_WAITING, Prompt, Segmenter
+from blsam.demo.segmenter import EVERYTHING, MAX_WAITING, Prompt, Segmenter, _SharedGenerator
 from blsam.options import shipped_checkpoint
 from tests.demo.helpers import JPEG, file_of
 
@@ -41,6 +43,22 @@ def test_the_model_is_made_on_the_thread_that_runs_it(sam, monkeypatch):
     )
     segmenter.encode(segmenter.add(JPEG), 0.25)
     assert len(threads) == 2 and threads[0] is threads[1] is not threading.main_thread(), threads
+
+
+@pytest.mark.parametrize("name", ["blsam_vit_t_fine", "another"])
+def test_everything_keeps_what_the_model_is_sure_of(name, monkeypatch):
+    kept = []
+
+    class Watched(_SharedGenerator):
+        def __init__(self, *args):
+            super().__init__(*args)
+            kept.append((self.pred_iou_thresh, self.stability_score_thresh))
+
+    monkeypatch.setattr("blsam.demo.segmenter._SharedGenerator", Watched)
+    monkeypatch.setitem(EVERYTHING, "points_per_side", 2)
+    segmenter = Segmenter(lambda: build_sam(replace(CONFIGS["blsam_vit_t_fine"], name=name), image_size=64))
+    segmenter.everything(segmenter.add(JPEG), 0.25)
+    assert kept == [tuple(THRESHOLDS[name].values()) if name in THRESHOLDS else (0.88, 0.95)]
 
 
 def test_more_than_can_wait_are_told_so(shared, monkeypatch):

@@ -38,7 +38,8 @@ def test_a_run_folder_says_what_happened(settings):
     assert 0 < steps[0]["prime_moved"] < 1
     found = [row for row in rows(folder) if "val_box" in row]
     assert [row["step"] for row in found] == [0, 2, 3] and found[0]["prime_jaccard"] == 1
-    assert found[0]["val_cosine"] > 0.9 and {"val_click"} <= set(found[0])
+    assert found[0]["val_cosine"] > 0.9 and 0 < found[0]["val_score_error"] < 1
+    assert {"val_click"} <= set(found[0])
     # of embeddings as long as the teacher's: |s - t|^2 = 2 (1 - cosine) |t|^2, of which the variance is a share
     assert 1 - found[0]["val_cosine"] < found[0]["val_error"] < 0.5, found[0]
     for name in (path, folder / "best.safetensors"):

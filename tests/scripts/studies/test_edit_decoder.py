@@ -1,5 +1,7 @@
 """Changed decoders: what they answer, and which tensors are whose."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -39,9 +41,23 @@ def test_the_decoder_of_another(tmp_path):
 
 
 def test_decoders_that_do_not_fit_and_files_that_are_needed(tmp_path):
-    small = {"mask_decoder.mask_tokens.weight": torch.zeros(4, 8)}
-    save(tmp_path / "small.safetensors", small, {})
-    routed = str(shipped_checkpoint("blsam_vit_t"))
-    for output, error in (("out.safetensors", "different shapes"), ("small.safetensors", "would overwrite")):
+    state, facts = read(shipped_checkpoint("blsam_vit_t"))
+    encoder = {key: value for key, value in state.items() if not key.startswith("mask_decoder.")}
+    token = "mask_decoder.mask_tokens.weight"
+    for name, content in (("encoder", encoder), ("narrow", state | {token: state[token][:, :8]}), ("sam", state)):
+        save(tmp_path / f"{name}.safetensors", content, facts)
+    refused = {
+        "from encoder sam -o out": "encoder.safetensors has no mask decoder",
+        "from sam encoder -o out": "encoder.safetensors has no mask decoder",
+        "single encoder -o out": "encoder.safetensors has no mask decoder",
+        "from narrow sam -o out": "different shapes",
+        "from narrow sam -o narrow": "would overwrite",
+        "single sam -o sam": "would overwrite",
+        "single sam --below nan -o out": "--below lies in",
+    }
+    files = {name: str(tmp_path / f"{name}.safetensors") for name in ("encoder", "narrow", "sam", "out")}
+    for words, error in refused.items():
+        first, *rest = words.split()
         with pytest.raises(ValueError, match=error):
-            main(["from", str(tmp_path / "small.safetensors"), routed, "-o", str(tmp_path / output)])
+            main([first, *(files.get(word, word) for word in rest)])
+        assert not Path(files["out"]).exists()
