@@ -282,7 +282,7 @@ MODELS = CONFIGS | REDUCED
 
 # What `blsam masks` and the page give the mask generator for the small models, which are less sure of their masks than
 # SAM: its defaults, 0.88 and 0.95, leave next to nothing of them.
-SURE: dict[str, Any] = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.8}
+SURE: dict[str, Any] = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.7}
 THRESHOLDS = dict.fromkeys(("vit_t", "blsam_vit_t", "vit_t_fine", "blsam_vit_t_fine"), SURE)
 
 

@@ -20,7 +20,7 @@ from blsam.options import shipped_checkpoint
 from scripts import amg
 from tests.helpers import ROOT
 
-OPTIONS = {"points_per_side": 4, "pred_iou_thresh": 0.45, "stability_score_thresh": 0.7}
+OPTIONS = {"points_per_side": 4, "pred_iou_thresh": 0.45, "stability_score_thresh": 0.65}
 FLAGS = [text for name, value in OPTIONS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
 MODEL = "vit_t"
 
