@@ -17,12 +17,18 @@ from blsam.training.losses import (
 )
 
 
-def test_losses_on_a_hand_computed_case():
+def square():
+    """A square of 2 x 2 pixels in 4 x 4, [1, 4, 4], and the logits [1, 1, 4, 4] of all and of half of it."""
     target = torch.zeros(1, 4, 4)
     target[0, :2, :2] = 1
     perfect = torch.where(target > 0, 50.0, -50.0)[:, None]
     half = perfect.clone()
     half[0, 0, 0, :2] = -50
+    return target, perfect, half
+
+
+def test_losses_on_a_hand_computed_case():
+    target, perfect, half = square()
     assert mask_iou(perfect, target).item() == 1 and mask_iou(half, target).item() == 0.5
     # the wrong half: focal 20 * 2 pixels * 0.25 * 50 / 16; dice 1 - (2 * 2 + 1) / (2 + 4 + 1)
     assert sam_mask_loss(perfect, target[:, None]).item() == pytest.approx(0, abs=1e-6)
@@ -32,11 +38,7 @@ def test_losses_on_a_hand_computed_case():
 
 
 def test_the_best_mask_and_every_score_are_learnt():
-    target = torch.zeros(1, 4, 4)
-    target[0, :2, :2] = 1
-    perfect = torch.where(target > 0, 50.0, -50.0)[:, None]
-    half = perfect.clone()
-    half[0, 0, 0, :2] = -50
+    target, perfect, half = square()
     logits, scores = torch.cat([half, perfect, half, half], 1), torch.tensor([[0.4, 0.9, 0.7, 0.5]])
     apart = [0.1**2, 0.1**2, 0.2**2, 0]
     assert score_loss(logits, scores, target).item() == pytest.approx(sum(apart) / 4)
