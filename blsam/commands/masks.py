@@ -13,7 +13,6 @@ import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from .. import __version__
@@ -56,11 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", type=Path, required=True, metavar="DIR")
 
 
-def add_settings(parser: argparse.ArgumentParser, besides: Mapping[str, str] = MappingProxyType({})) -> None:
+def add_settings(parser: argparse.ArgumentParser, besides: Mapping[str, str] | None = None) -> None:
     """The options of SAM's generator, by SAM's names; besides: what else is to be said of a default."""
     group = parser.add_argument_group("masks", "as in SAM's amg.py")
     for name, (kind, words) in SETTINGS.items():
-        words += besides.get(name, "")
+        words += (besides or {}).get(name, "")
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__[0].upper(), help=words)
     parser.add_argument(
         "--decoder-dtype", choices=DTYPES, default="float32", help="what the mask decoder multiplies in"

@@ -80,7 +80,8 @@ def timed(seconds: dict[str, float], owner: Any, name: str, part: str):
 def everything(args: argparse.Namespace, which: str) -> None:
     """A process that makes all masks of each photo that is named on standard input."""
     sam = load(args)
-    options = {"pred_iou_thresh": args.pred_iou_thresh, "stability_score_thresh": args.stability_score_thresh}
+    names = ("points_per_side", "pred_iou_thresh", "stability_score_thresh")
+    options = {name: getattr(args, name) for name in names}
     if which == "blsam":
         options["decoder_dtype"] = args.decoder_dtype
         generator: Any = SamAutomaticMaskGenerator(sam, output_mode="coco_rle", **options)
@@ -131,6 +132,7 @@ def parse_args() -> argparse.Namespace:
     add_option(parser, "--model", default="vit_t")
     add_option(parser, "--checkpoint")
     add_option(parser, "--image-size")
+    add("--points-per-side", type=int, default=32)
     add("--pred-iou-thresh", type=float, default=0.2)
     add("--stability-score-thresh", type=float, default=0.2)
     add("--decoder-dtype", choices=DTYPES, default="float32", help="of blsam's generator")
@@ -140,8 +142,8 @@ def parse_args() -> argparse.Namespace:
     for photo in args.photos:
         if photo != CUP and not Path(photo).is_file():
             parser.error(f"no file {photo}")
-    if args.rounds < 1:
-        parser.error("--rounds is at least 1")
+    if min(args.rounds, args.points_per_side) < 1:
+        parser.error("--rounds and --points-per-side are at least 1")
     return args
 
 

@@ -4,9 +4,9 @@
     python -m scripts.studies.edit_decoder from vit_t_fine.safetensors blsam_vit_t_fine.safetensors -o changed.safetensors
 
 `single`: of the three masks of an ambiguous prompt the second becomes a copy of the one that is answered where a single
-mask is wanted. The three learn from the best of them alone, so in a model that saw little each is worse than the single
-one, also where the prompt leaves no doubt. `--below` lowers the third mask's score, so that it is not taken where the two
-are as good as equal. The other masks change a little too, since the decoder's tokens look at each other.
+mask is wanted. Of the three the best alone learns, and in `vit_t_fine` each was worse than the single one, also where the
+prompt leaves no doubt. `--below` lowers the third mask's score, so that it is not taken where the two are as good as
+equal. The other masks change a little too, since the decoder's tokens look at each other.
 
 `from`: the decoder of the first checkpoint with the encoders of the second.
 """

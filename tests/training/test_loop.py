@@ -56,6 +56,16 @@ def test_the_decoder_alone(what, part, settings, photos, tmp_path):
     assert changed and all(key.startswith(f"mask_decoder.{part}") for key in changed), sorted(changed)[:3]
 
 
+@pytest.mark.parametrize("what, best", [("all", 2), ("scores", 1)])
+def test_the_best_weights_are_the_best_in_what_is_learnt(what, best, settings, monkeypatch):
+    found = iter([(0.5, 0.3), (0.6, 0.1), (0.7, 0.2), (0.6, 0.2)])  # before, and after each step: box, error of scores
+    monkeypatch.setattr(
+        "blsam.training.loop.measure", lambda run: (dict(zip(("val_box", "val_score_error"), next(found))), [])
+    )
+    train(replace(settings, train=what, teacher=None, teacher_checkpoint=None, holdout=0.3, validate_every=1))
+    assert read(settings.output / "best.safetensors")[1]["step"] == str(best)
+
+
 def test_a_student_with_a_finer_embedding(settings, tmp_path):
     fine = replace(settings, model=CONFIGS["vit_t_fine"], init=TEACHER, holdout=0.25, steps=1)
     with pytest.raises(ValueError, match="--teacher-size must be 2 times --image-size"):
